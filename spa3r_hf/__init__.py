@@ -1,0 +1,40 @@
+"""
+Spa3R: spatial latents from unposed pictures, as Hugging Face models.
+
+Importing the package registers its configurations, models and image processor with the Auto classes of `transformers`.
+(The Auto classes import torch themselves, so there is no lighter way to be known to them.)
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+from .configuration_spa3r import Spa3RConfig
+from .configuration_spa3r_vggt import Spa3RVGGTConfig
+from .image_processing_spa3r import Spa3RImageProcessor
+from .modeling_spa3r import Spa3RForPreTraining, Spa3RModel
+from .modeling_spa3r_vggt import Spa3RVGGTModel
+
+
+__version__ = "0.1.0"
+__all__ = [
+    "Spa3RConfig",
+    "Spa3RForPreTraining",
+    "Spa3RImageProcessor",
+    "Spa3RModel",
+    "Spa3RVGGTConfig",
+    "Spa3RVGGTModel",
+]
+
+AutoConfig.register("spa3r_vggt", Spa3RVGGTConfig)
+AutoConfig.register("spa3r", Spa3RConfig)
+AutoModel.register(Spa3RVGGTConfig, Spa3RVGGTModel)
+AutoModel.register(Spa3RConfig, Spa3RModel)
+AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining)
+AutoImageProcessor.register(Spa3RConfig, Spa3RImageProcessor)
+
+# A saved folder carries the code of its classes, so that it loads with `trust_remote_code` where the package is absent.
+for _class in (Spa3RVGGTConfig, Spa3RConfig):
+    _class.register_for_auto_class()
+for _class in (Spa3RVGGTModel, Spa3RModel):
+    _class.register_for_auto_class("AutoModel")
+Spa3RForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+Spa3RImageProcessor.register_for_auto_class("AutoImageProcessor")

@@ -1,0 +1,326 @@
+"""
+From the original checkpoints (the Spa3R release, VGGT-1B, DINOv3) to the models of this package.
+
+Strict: every key is used, or named in `IGNORED`; every parameter is filled, with the shape it must have.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, PreTrainedModel
+
+from .configuration_spa3r import Spa3RConfig
+from .configuration_spa3r_vggt import Spa3RVGGTConfig
+from .modeling_spa3r import Spa3RForPreTraining
+from .modeling_spa3r_vggt import Spa3RVGGTModel
+
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# Keys that are left out on purpose (matched from the start of the original key).
+IGNORED = {
+    r"track_head\.": "VGGT's point tracker, which Spa3R does not use",
+    r"(dino\.)?rope_embed\.periods$": "recomputed from rope_theta, after a check that it gives these periods",
+    r"(dino\.)?blocks\.\d+\.attn\.qkv\.bias_mask$": "constant, after a check that it masks the keys' bias only",
+    r"(dino\.)?local_cls_norm\.": "DINOv3's norm for local crops, used in its own training only",
+}
+
+_BLOCK = [
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.", ".attention."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+]
+_VGGT = [
+    (r"^aggregator\.(camera|register)_token$", r"\1_token"),
+    (r"^aggregator\.(frame|global)_blocks\.", r"\1_layers."),
+    (r"^aggregator\.patch_embed\.proj\.", "patch_embedding.projection."),
+    (
+        r"^aggregator\.patch_embed\.patch_embed\.proj\.",
+        "patch_embedding.dinov2.embeddings.patch_embeddings.projection.",
+    ),
+    (r"^aggregator\.patch_embed\.pos_embed$", "patch_embedding.dinov2.embeddings.position_embeddings"),
+    (r"^aggregator\.patch_embed\.(cls_token|mask_token|register_tokens)$", r"patch_embedding.dinov2.embeddings.\1"),
+    (r"^aggregator\.patch_embed\.blocks\.", "patch_embedding.dinov2.encoder.layer."),
+    (r"^aggregator\.patch_embed\.norm\.", "patch_embedding.dinov2.layernorm."),
+    (r"^camera_head\.empty_pose_tokens$", "camera_head.empty_pose"),
+    (r"^camera_head\.poseLN_modulation\.1\.", "camera_head.modulation."),
+    (r"^(depth|point)_head\.projects\.", r"\1_head.projections."),
+    (r"^(depth|point)_head\.resize_layers\.", r"\1_head.resizes."),
+    *((rf"^(depth|point)_head\.scratch\.layer{i + 1}_rn\.", rf"\1_head.scale_projections.{i}.") for i in range(4)),
+    *((rf"^(depth|point)_head\.scratch\.refinenet{i + 1}\.", rf"\1_head.fusion.{i}.") for i in range(4)),
+    (r"\.resConfUnit1\.", ".skip_unit."),
+    (r"\.resConfUnit2\.", ".unit."),
+    (r"\.out_conv\.", ".projection."),
+    (r"\.scratch\.output_conv1\.", ".out_conv1."),
+    (r"\.scratch\.output_conv2\.0\.", ".out_conv2."),
+    (r"\.scratch\.output_conv2\.2\.", ".out_conv3."),
+    *_BLOCK,
+]
+_DINOV3 = [
+    (r"^(cls_token|mask_token)$", r"embeddings.\1"),
+    (r"^storage_tokens$", "embeddings.register_tokens"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
+    (r"^blocks\.", "model.layer."),
+    (r"\.mlp\.fc1\.", ".mlp.up_proj."),
+    (r"\.mlp\.fc2\.", ".mlp.down_proj."),
+    *_BLOCK,
+]
+_SPA3R = [
+    (r"^projection\.", "spa3r.encoder.projection."),
+    (r"^query_embed\.weight$", "spa3r.encoder.queries"),
+    (r"^encoder\.blocks\.", "spa3r.encoder.layers."),
+    (r"^encoder\.(norm\.|register_tokens$)", r"spa3r.encoder.\1"),
+    (r"^decoder\.blocks\.", "decoder.layers."),
+    (r"^pose_tokenizer\.", "decoder.ray_embedding."),
+    (r"^heads\.geo\.", "geometric_head."),
+    (r"^heads\.sem\.", "semantic_head."),
+    (r"^depth_prob\.", "depth_head."),
+    *_BLOCK,
+]
+_VGGT_PARTS = ("aggregator.", "camera_head.", "depth_head.", "point_head.")
+
+
+def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str = "model.") -> dict[str, Tensor]:
+    """The same state dict without `prefix`, where every key has it."""
+    if state_dict and all(key.startswith(prefix) for key in state_dict):
+        return {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return dict(state_dict)
+
+
+def infer_vggt_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3RVGGTConfig:
+    """
+    Configuration of an original VGGT state dict (keys `aggregator.*`, `camera_head.*`, ...).
+
+    What shapes cannot tell is a default that `options` overrides: the camera head has as many attention heads as the
+    aggregator, the dense heads read layers 4, 11, 17, 23 of 24 (of other depths, the last of each quarter).
+    """
+    shapes = _Shapes(state_dict, "VGGT")
+    hidden_size, head_dim = (
+        shapes["aggregator.camera_token"][-1],
+        shapes["aggregator.frame_blocks.0.attn.q_norm.weight"][0],
+    )
+    num_layers = shapes.count(r"aggregator\.frame_blocks\.(\d+)\.")
+    conv = "aggregator.patch_embed.proj.weight" in state_dict
+    patch_key = "proj.weight" if conv else "patch_embed.proj.weight"
+    patch_size = shapes[f"aggregator.patch_embed.{patch_key}"][-1]
+    settings: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": hidden_size // head_dim,
+        "intermediate_size": shapes["aggregator.frame_blocks.0.mlp.fc1.weight"][0],
+        "patch_size": patch_size,
+        "patch_embedding": "conv" if conv else "dinov2",
+        "num_register_tokens": shapes["aggregator.register_token"][-2],
+        "camera_num_attention_heads": hidden_size // head_dim,
+        "dpt_layers": (4, 11, 17, 23) if num_layers == 24 else tuple((i + 1) * num_layers // 4 - 1 for i in range(4)),
+    }
+    if not conv:
+        positions = shapes["aggregator.patch_embed.pos_embed"][1] - 1
+        settings["image_size"] = round(positions**0.5) * patch_size
+        settings["patch_embedding_layers"] = shapes.count(r"aggregator\.patch_embed\.blocks\.(\d+)\.")
+    for head in ("camera", "depth", "point"):
+        settings[f"use_{head}_head"] = any(key.startswith(f"{head}_head.") for key in state_dict)
+    if settings["use_camera_head"]:
+        settings["camera_num_hidden_layers"] = shapes.count(r"camera_head\.trunk\.(\d+)\.")
+    for head in ("depth_head", "point_head"):
+        if settings[f"use_{head}"]:
+            settings["dpt_hidden_size"] = shapes[f"{head}.scratch.layer1_rn.weight"][0]
+            settings["dpt_out_channels"] = tuple(shapes[f"{head}.projects.{i}.weight"][0] for i in range(4))
+    has_bias = "aggregator.global_blocks.0.attn.q_norm.bias" in state_dict
+    settings["global_qk_norm"] = "layer_norm" if has_bias else "rms_norm"
+    logger.info(
+        "global blocks normalise queries and keys with %s (aggregator.global_blocks.0.attn.q_norm.bias is %s)",
+        settings["global_qk_norm"],
+        "there" if has_bias else "absent",
+    )
+    return Spa3RVGGTConfig(**(settings | options))
+
+
+def infer_dinov3_config(state_dict: Mapping[str, Tensor], **options: Any) -> DINOv3ViTConfig:
+    """Configuration of an original DINOv3 ViT state dict; `options` override what is inferred."""
+    shapes = _Shapes(state_dict, "DINOv3")
+    hidden_size, patch_size = shapes["patch_embed.proj.weight"][0], shapes["patch_embed.proj.weight"][-1]
+    settings: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": shapes.count(r"blocks\.(\d+)\."),
+        # The RoPE has one period for every four channels of a head.
+        "num_attention_heads": hidden_size // (4 * shapes["rope_embed.periods"][0]),
+        "intermediate_size": shapes["blocks.0.mlp.fc1.weight"][0],
+        "patch_size": patch_size,
+        "num_register_tokens": shapes["storage_tokens"][-2],
+    }
+    return DINOv3ViTConfig(**(settings | options))
+
+
+def infer_spa3r_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3RConfig:
+    """
+    Configuration of a state dict of the Spa3R release (bare, or under a `model.` prefix); `options` override what is
+    inferred. `masking_mode` becomes the release's default, `two_pass`.
+    """
+    state_dict = strip_prefix(state_dict)
+    shapes = _Shapes(state_dict, "Spa3R")
+    hidden_size = shapes["projection.weight"][0]
+    targets = {"geometric": "heads.geo.", "semantic": "heads.sem."}
+    settings: dict[str, Any] = {
+        "backbone_config": infer_vggt_config(_part(state_dict, _VGGT_PARTS)),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": shapes.count(r"encoder\.blocks\.(\d+)\."),
+        "decoder_num_hidden_layers": shapes.count(r"decoder\.blocks\.(\d+)\."),
+        "num_attention_heads": hidden_size // shapes["encoder.blocks.0.attn.q_norm.weight"][0],
+        "intermediate_size": shapes["encoder.blocks.0.mlp.fc1.weight"][0],
+        "num_latents": shapes["query_embed.weight"][0],
+        "num_register_tokens": shapes["encoder.register_tokens"][-2],
+        "camera_conditioning": "prope" if shapes["pose_tokenizer.weight"][-1] == 3 else "plucker",
+        "targets": tuple(kind for kind, head in targets.items() if any(key.startswith(head) for key in state_dict)),
+        "depth_probe": any(key.startswith("depth_prob.") for key in state_dict),
+        "masking_mode": "two_pass",
+    }
+    if "semantic" in settings["targets"]:
+        settings["semantic_config"] = infer_dinov3_config(strip_prefix(_part(state_dict, ("dino.",)), "dino."))
+    return Spa3RConfig(**(settings | options))
+
+
+def convert_original_vggt(state_dict: Mapping[str, Tensor], config: Spa3RVGGTConfig | None = None) -> Spa3RVGGTModel:
+    """
+    VGGT from its original state dict.
+
+    Raises:
+        ValueError: Keys are left over or missing, shapes differ, or `config` names the other q/k norm.
+    """
+    state_dict = strip_prefix(state_dict)
+    return _fill(Spa3RVGGTModel(config or infer_vggt_config(state_dict)), _convert_vggt(_without_ignored(state_dict)))
+
+
+def convert_original_dinov3(state_dict: Mapping[str, Tensor], config: DINOv3ViTConfig | None = None) -> DINOv3ViTModel:
+    """DINOv3 ViT from its original state dict; errors as in `convert_original_vggt`."""
+    state_dict = strip_prefix(state_dict)
+    config = config or infer_dinov3_config(state_dict)
+    return _fill(DINOv3ViTModel(config), _convert_dinov3(state_dict, config))
+
+
+def convert_original_spa3r(state_dict: Mapping[str, Tensor], config: Spa3RConfig | None = None) -> Spa3RForPreTraining:
+    """
+    Spa3R from the state dict of the release, bare or under a `model.` prefix.
+
+    Args:
+        state_dict: All keys of the release: VGGT, DINOv3, encoder, decoder and heads.
+        config: The configuration to fill; None: `infer_spa3r_config(state_dict)`.
+
+    Raises:
+        ValueError: Keys are left over or missing, shapes differ, or `config` names the other q/k norm.
+    """
+    state_dict = strip_prefix(state_dict)
+    config = config or infer_spa3r_config(state_dict)
+    converted = {f"spa3r.backbone.{k}": v for k, v in _convert_vggt(_part(state_dict, _VGGT_PARTS)).items()}
+    dinov3 = strip_prefix(_part(state_dict, ("dino.",)), "dino.")
+    if dinov3:
+        converted |= {f"semantic_teacher.{k}": v for k, v in _convert_dinov3(dinov3, config.semantic_config).items()}
+    own = {key: value for key, value in state_dict.items() if not key.startswith((*_VGGT_PARTS, "dino."))}
+    converted |= _rename(_without_ignored(own), _SPA3R)
+    return _fill(Spa3RForPreTraining(config), converted)
+
+
+class _Shapes(Mapping[str, torch.Size]):
+    """Shapes of a state dict; a key that is missing says what the checkpoint should have been."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor], kind: str):
+        self.state_dict, self.kind = state_dict, kind
+
+    def __getitem__(self, key: str) -> torch.Size:
+        if key not in self.state_dict:
+            found = sorted(self.state_dict)[:5]
+            raise ValueError(
+                f"not an original {self.kind} checkpoint: it has no key {key}; its {len(self.state_dict)} keys begin "
+                f"with {found}"
+            )
+        return self.state_dict[key].shape
+
+    def __iter__(self):
+        return iter(self.state_dict)
+
+    def __len__(self) -> int:
+        return len(self.state_dict)
+
+    def count(self, pattern: str) -> int:
+        """1 + the largest number that `pattern` finds at the start of a key."""
+        found = [int(match.group(1)) for key in self.state_dict if (match := re.match(pattern, key))]
+        if not found:
+            raise ValueError(f"not an original {self.kind} checkpoint: no key matches {pattern}")
+        return 1 + max(found)
+
+
+def _part(state_dict: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
+    return {key: value for key, value in state_dict.items() if key.startswith(tuple(prefixes))}
+
+
+def _without_ignored(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kept = {key: value for key, value in state_dict.items() if not any(re.match(p, key) for p in IGNORED)}
+    if len(kept) < len(state_dict):
+        logger.info("left out on purpose: %s", sorted(set(state_dict) - set(kept)))
+    return kept
+
+
+def _rename(state_dict: Mapping[str, Tensor], rules: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """Apply all rules to each key, in their order, and split the fused query-key-value projections."""
+    renamed = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        if ".attention.qkv." in key:
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace(".qkv.", f".{name}_proj.")] = part
+        else:
+            renamed[key] = value
+    return renamed
+
+
+def _convert_vggt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _rename(state_dict, _VGGT)
+
+
+def _convert_dinov3(state_dict: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
+    head_dim = config.hidden_size // config.num_attention_heads
+    periods = config.rope_theta ** torch.arange(0, 1, 4 / head_dim)
+    if not torch.allclose(state_dict["rope_embed.periods"].float(), periods, rtol=1e-2):
+        raise ValueError(
+            f"DINOv3 rope_embed.periods are {state_dict['rope_embed.periods'].tolist()}; rope_theta = "
+            f"{config.rope_theta} gives {periods.tolist()}"
+        )
+    for key, mask in state_dict.items():
+        if key.endswith(".qkv.bias_mask"):
+            q, k, v = mask.nan_to_num().chunk(3)
+            if not ((q == 1).all() and (k == 0).all() and (v == 1).all()):
+                raise ValueError(f"DINOv3 {key} masks more than the keys' bias; expected ones, zeros, ones")
+    renamed = _rename(_without_ignored(state_dict), _DINOV3)
+    # The bias of the keys is masked, and has no place in the converted model.
+    return {key: value for key, value in renamed.items() if not key.endswith(".k_proj.bias")}
+
+
+def _squeezed(shape: torch.Size) -> list[int]:
+    return [n for n in shape if n != 1]
+
+
+def _fill(model: Model, converted: Mapping[str, Tensor]) -> Model:
+    """Load strictly, with every difference named. Extra axes of length one, as in (1, 2, 1, C) tokens, are dropped."""
+    expected = model.state_dict()
+    differences = {
+        "left over": sorted(set(converted) - set(expected)),
+        "missing": sorted(set(expected) - set(converted)),
+        "of another shape": [
+            f"{key}: {tuple(converted[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in sorted(set(expected) & set(converted))
+            if _squeezed(converted[key].shape) != _squeezed(expected[key].shape)
+        ],
+    }
+    if any(differences.values()):
+        raise ValueError(
+            f"the checkpoint does not fit {type(model).__name__}: "
+            + "; ".join(f"{len(keys)} {what}: {keys[:8]}" for what, keys in differences.items() if keys)
+        )
+    model.load_state_dict({key: value.reshape(expected[key].shape) for key, value in converted.items()})
+    return model.eval()
