@@ -5,7 +5,10 @@ Importing the package registers its configurations, models and image processor w
 (The Auto classes import torch themselves, so there is no lighter way to be known to them.)
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
+
+# `transformers` itself hides this class where torchvision is missing (5.17), although it works without.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_spa3r import Spa3RConfig
 from .configuration_spa3r_vggt import Spa3RVGGTConfig

@@ -8,9 +8,15 @@ Conventions, here and wherever a camera is passed:
 - `image_size` = (height, width) in pixels.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+# Radians; fields of view are kept this far from 0 and from pi.
+MIN_FIELD_OF_VIEW = 0.01
 
 
 def check_cameras(extrinsics: Tensor, intrinsics: Tensor, views: tuple[int, ...]) -> None:
@@ -73,10 +79,12 @@ def pose_encoding_to_cameras(pose_encoding: Tensor, image_size: tuple[int, int])
         Extrinsics (..., 3, 4) and intrinsics (..., 3, 3), with the principal point in the middle of the image.
     """
     height, width = image_size
+    # The ReLU of an untrained head answers 0, at which there is no focal length; trained ones stay far from the ends.
+    fields_of_view = pose_encoding[..., 7:].clamp(MIN_FIELD_OF_VIEW, math.pi - MIN_FIELD_OF_VIEW)
     rotation = quaternion_to_rotation(pose_encoding[..., 3:7])
     extrinsics = torch.cat((rotation, pose_encoding[..., :3, None]), dim=-1)
-    focal_y = height / 2 / torch.tan(pose_encoding[..., 7] / 2)
-    focal_x = width / 2 / torch.tan(pose_encoding[..., 8] / 2)
+    focal_y = height / 2 / torch.tan(fields_of_view[..., 0] / 2)
+    focal_x = width / 2 / torch.tan(fields_of_view[..., 1] / 2)
     zero, one = torch.zeros_like(focal_x), torch.ones_like(focal_x)
     rows = (focal_x, zero, zero + width / 2, zero, focal_y, zero + height / 2, zero, zero, one)
     return extrinsics, torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
@@ -146,3 +154,15 @@ def projection_matrices(extrinsics: Tensor, intrinsics: Tensor, image_size: tupl
     lifted_inverse[..., :2, 2] = -centre / focal
     extrinsics = to_homogeneous(extrinsics)
     return lifted @ extrinsics, invert_rigid(extrinsics) @ lifted_inverse
+
+
+def camera_distances(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    How far the cameras of a scene are apart: centres (..., V, V) in scene units, and the angles (..., V, V) in radians
+    of the rotations between them, for extrinsics (..., V, 3, 4).
+    """
+    world_from_camera = invert_rigid(to_homogeneous(extrinsics))
+    centres, rotations = world_from_camera[..., :3, 3], world_from_camera[..., :3, :3]
+    relative = rotations.unsqueeze(-3).mT @ rotations.unsqueeze(-4)
+    cosines = (relative.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    return torch.cdist(centres, centres), cosines.clamp(-1, 1).acos()

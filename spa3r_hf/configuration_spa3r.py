@@ -36,7 +36,8 @@ class Spa3RConfig(PreTrainedConfig):
         layer_norm_eps (`float`): Epsilon of the LayerNorms.
         mask_ratio (`float`): Share of the views of a scene that becomes targets, in (0, 1); see `draw_view_mask`.
         masking_mode (`"asymmetric"` or `"two_pass"`): One backbone pass in which context views do not see target views
-            (the paper's Asymmetric View Aggregator), or one pass over the context views alone and one over all views (the release's default).
+            (the paper's Asymmetric View Aggregator), or one pass over the context views alone and one over all views
+            (the release's default).
         loss_views (`"all"` or `"target"`): Views that the loss averages over. The release takes all, the paper speaks
             of targets.
         camera_conditioning (`"prope"` or `"plucker"`): How the decoder is told the camera (the paper ablates it).
@@ -74,10 +75,17 @@ class Spa3RConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         refuse_unknown_keys(self, kwargs)
-        if not isinstance(self.backbone_config, PreTrainedConfig):
+        if self.backbone_config is None or isinstance(self.backbone_config, dict):
             self.backbone_config = Spa3RVGGTConfig(**(self.backbone_config or {}))
-        if not isinstance(self.semantic_config, PreTrainedConfig):
-            self.semantic_config = DINOv3ViTConfig(**(self.semantic_config or _DINOV3_LARGE))
+        if self.semantic_config is None or isinstance(self.semantic_config, dict):
+            settings, known = self.semantic_config or _DINOV3_LARGE, DINOv3ViTConfig()
+            # The library's own class takes any key; a misspelt one would be lost without a word.
+            own_keys = known.to_dict().keys() - {"model_type"}
+            refuse_unknown_keys(known, {key: value for key, value in settings.items() if key not in own_keys})
+            self.semantic_config = DINOv3ViTConfig(**settings)
+        for name, expected in self.sub_configs.items():
+            if not isinstance(getattr(self, name), expected):
+                raise ValueError(f"{name} is a {type(getattr(self, name)).__name__}; expected a {expected.__name__}")
         super().__post_init__(**kwargs)
         check_positive(
             self,

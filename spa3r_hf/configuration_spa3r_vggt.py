@@ -1,5 +1,6 @@
 """Configuration of the geometry backbone: VGGT (arXiv 2503.11651)."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -20,12 +21,25 @@ _LIBRARY_KEYS = {
     "num_labels",
     "output_attentions",
     "quantization_config",
+    "tie_word_embeddings",
     "torch_dtype",
 }
 
 
-def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
-    """Raise a `ValueError` that names every key of `keys` that neither `config`'s class nor the library knows."""
+def refuse_unknown_keys(config: PreTrainedConfig, keys: Mapping[str, Any]) -> None:
+    """
+    Check the settings that are left over once the fields of `config`'s class have taken theirs.
+
+    Raises:
+        ValueError: They say that this is the configuration of another architecture, or neither the class nor the
+            library knows a key; the message names every such key.
+    """
+    model_type = keys.get("model_type", config.model_type)
+    if model_type != config.model_type:
+        raise ValueError(
+            f"this is the configuration of a {model_type!r} model; {type(config).__name__} expected "
+            f"{config.model_type!r}"
+        )
     unknown = sorted(set(keys) - _LIBRARY_KEYS)
     if unknown:
         known = sorted(name for name in type(config).__annotations__)
@@ -33,10 +47,14 @@ def refuse_unknown_keys(config: PreTrainedConfig, keys: dict[str, Any]) -> None:
 
 
 def check_positive(config: PreTrainedConfig, *names: str) -> None:
-    """Raise a `ValueError` for the first attribute among `names` that is not above zero."""
+    """Raise a `ValueError` for the first attribute among `names` that is not above 0, or for registers below 0."""
     for name in names:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # false for NaN as well
             raise ValueError(f"{type(config).__name__}.{name} = {getattr(config, name)}; expected a number above 0")
+    if config.num_register_tokens < 0:
+        raise ValueError(
+            f"{type(config).__name__}.num_register_tokens = {config.num_register_tokens}; expected 0 or more"
+        )
 
 
 @strict
@@ -55,8 +73,8 @@ class Spa3RVGGTConfig(PreTrainedConfig):
         patch_embedding (`"dinov2"` or `"conv"`): A DINOv2 with registers, or one strided convolution (small models).
         patch_embedding_layers (`int`): Layers of that DINOv2.
         num_register_tokens (`int`): Register tokens of a view, beside its one camera token.
-        global_qk_norm (`"layer_norm"` or `"rms_norm"`): Query and key norm of the global blocks: LayerNorm with bias in
-            the original VGGT-1B, RMSNorm in the checkpoints of the Spa3R release.
+        global_qk_norm (`"layer_norm"` or `"rms_norm"`): Query and key norm of the global blocks: LayerNorm with bias
+            in the original VGGT-1B, RMSNorm in the checkpoints of the Spa3R release.
         rope_theta (`float`): Base of the 2-D RoPE.
         layer_norm_eps (`float`): Epsilon of all LayerNorms but those inside the DINOv2 (1e-6).
         layerscale_value (`float`): What a fresh LayerScale starts with.
@@ -103,7 +121,13 @@ class Spa3RVGGTConfig(PreTrainedConfig):
         check_positive(
             self,
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size"),
-            *("patch_size", "camera_num_attention_heads", "camera_num_hidden_layers", "camera_num_iterations"),
+            *(
+                "patch_size",
+                "patch_embedding_layers",
+                "camera_num_attention_heads",
+                "camera_num_hidden_layers",
+                "camera_num_iterations",
+            ),
             *("dpt_hidden_size", "rope_theta", "layer_norm_eps"),
         )
         if self.hidden_size % (4 * self.num_attention_heads):
@@ -113,8 +137,8 @@ class Spa3RVGGTConfig(PreTrainedConfig):
             )
         if 2 * self.hidden_size % self.camera_num_attention_heads:
             raise ValueError(
-                f"camera_num_attention_heads = {self.camera_num_attention_heads}; expected a divisor of 2 * hidden_size "
-                f"= {2 * self.hidden_size}"
+                f"camera_num_attention_heads = {self.camera_num_attention_heads}; expected a divisor of "
+                f"2 * hidden_size = {2 * self.hidden_size}"
             )
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size = {self.image_size}; expected a multiple of patch_size = {self.patch_size}")

@@ -160,14 +160,17 @@ def infer_dinov3_config(state_dict: Mapping[str, Tensor], **options: Any) -> DIN
 def infer_spa3r_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3RConfig:
     """
     Configuration of a state dict of the Spa3R release (bare, or under a `model.` prefix); `options` override what is
-    inferred. `masking_mode` becomes the release's default, `two_pass`.
+    inferred, and may hold dicts of the same, `backbone_config` and `semantic_config`. `masking_mode` becomes the
+    release's default, `two_pass`.
     """
+    backbone_options = options.pop("backbone_config", {})
+    semantic_options = options.pop("semantic_config", {})
     state_dict = strip_prefix(state_dict)
     shapes = _Shapes(state_dict, "Spa3R")
     hidden_size = shapes["projection.weight"][0]
     targets = {"geometric": "heads.geo.", "semantic": "heads.sem."}
     settings: dict[str, Any] = {
-        "backbone_config": infer_vggt_config(_part(state_dict, _VGGT_PARTS)),
+        "backbone_config": infer_vggt_config(_part(state_dict, _VGGT_PARTS), **backbone_options),
         "hidden_size": hidden_size,
         "num_hidden_layers": shapes.count(r"encoder\.blocks\.(\d+)\."),
         "decoder_num_hidden_layers": shapes.count(r"decoder\.blocks\.(\d+)\."),
@@ -181,7 +184,8 @@ def infer_spa3r_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3
         "masking_mode": "two_pass",
     }
     if "semantic" in settings["targets"]:
-        settings["semantic_config"] = infer_dinov3_config(strip_prefix(_part(state_dict, ("dino.",)), "dino."))
+        dinov3 = strip_prefix(_part(state_dict, ("dino.",)), "dino.")
+        settings["semantic_config"] = infer_dinov3_config(dinov3, **semantic_options)
     return Spa3RConfig(**(settings | options))
 
 
@@ -223,6 +227,109 @@ def convert_original_spa3r(state_dict: Mapping[str, Tensor], config: Spa3RConfig
     own = {key: value for key, value in state_dict.items() if not key.startswith((*_VGGT_PARTS, "dino."))}
     converted |= _rename(_without_ignored(own), _SPA3R)
     return _fill(Spa3RForPreTraining(config), converted)
+
+
+@torch.no_grad()
+def reference_outputs(model: PreTrainedModel, images: Tensor, view_mask: Tensor | None = None) -> dict[str, Tensor]:
+    """
+    What a converted model computes, under the names of the reference files (`output.*`, without that prefix).
+
+    Args:
+        model: As the functions above return it.
+        images: (B, V, 3, H, W) in [0, 1] for Spa3R and VGGT; (B, 3, H, W), normalised, for DINOv3.
+        view_mask: (B, V), True = target; without it, what depends on it is left out.
+    """
+    if isinstance(model, DINOv3ViTModel):
+        return {"last_hidden_state": model(images).last_hidden_state}
+    backbone = model.spa3r.backbone if isinstance(model, Spa3RForPreTraining) else model
+    config = backbone.config
+    views = backbone(
+        images,
+        output_layers=range(config.num_hidden_layers),
+        output_cameras=config.use_camera_head,
+        output_depth=config.use_depth_head,
+        output_points=config.use_point_head,
+    )
+    outputs = {f"aggregator.layer_{i}": features for i, features in views.layer_features.items()}
+    if config.use_camera_head:
+        outputs["camera.pose_encoding"] = views.pose_encodings[-1]
+        outputs |= {"camera.extrinsics": views.extrinsics, "camera.intrinsics": views.intrinsics}
+    if config.use_depth_head:
+        outputs |= {"depth.depth": views.depth, "depth.confidence": views.depth_confidence}
+    if config.use_point_head:
+        outputs |= {"points.points": views.points, "points.confidence": views.points_confidence}
+    if view_mask is not None:
+        outputs["aggregator.asymmetric_last"] = backbone(images, view_mask=view_mask).last_hidden_state
+    if isinstance(model, Spa3RForPreTraining):
+        outputs["latents"] = model.spa3r(images).latents
+        if model.semantic_teacher is not None:
+            outputs["semantic.features"] = model.semantic_features(images)
+        if view_mask is not None:
+            outputs |= _training_outputs(model, images, view_mask)
+    return outputs
+
+
+def compare_with_reference(
+    model: PreTrainedModel, reference: Mapping[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
+) -> dict[str, float]:
+    """
+    Compare a converted model with stored numbers of the original.
+
+    Args:
+        reference: `input.images`, `input.view_mask` if need be, and `output.*`; outputs that this model does not have
+            (a VGGT has no latents) and other keys are passed over.
+
+    Returns:
+        The largest absolute difference of each output that was compared.
+
+    Raises:
+        ValueError: Outputs differ by more than `atol + rtol * |reference|`, or none could be compared.
+    """
+    if "input.images" not in reference:
+        raise ValueError(f"the reference has no input.images; its keys begin with {sorted(reference)[:5]}")
+    outputs = reference_outputs(model, reference["input.images"], reference.get("input.view_mask"))
+    differences, wrong = {}, []
+    for name, output in outputs.items():
+        if (expected := reference.get(f"output.{name}")) is None:
+            continue
+        if expected.numel() != output.numel():
+            wrong.append(f"{name} has shape {tuple(output.shape)} instead of {tuple(expected.shape)}")
+            continue
+        expected = expected.reshape(output.shape)
+        differences[name] = (output - expected).abs().max().item()
+        if not torch.allclose(output, expected, rtol=rtol, atol=atol):
+            wrong.append(f"{name} differs by up to {differences[name]:.3g}")
+    if wrong or not differences:
+        raise ValueError(
+            f"{type(model).__name__} does not agree with the reference (rtol {rtol}, atol {atol}): "
+            + ("; ".join(wrong) or f"it computes none of {sorted(k for k in reference if k.startswith('output.'))}")
+        )
+    return differences
+
+
+def _training_outputs(model: Spa3RForPreTraining, images: Tensor, view_mask: Tensor) -> dict[str, Tensor]:
+    """Outputs of both masking modes, whichever the model is configured for."""
+    loss_names = {
+        "geometric_l1": "geo.l1",
+        "geometric_cosine": "geo.cos",
+        "semantic_l1": "sem.l1",
+        "semantic_cosine": "sem.cos",
+        "depth_probe": "depth_prob",
+    }
+    outputs = {}
+    configured_mode = model.config.masking_mode
+    try:
+        for mode in ("asymmetric", "two_pass"):
+            model.config.masking_mode = mode
+            result = model(images, view_mask=view_mask)
+            outputs |= {f"{mode}.latents": result.latents, f"{mode}.decoder_tokens": result.decoder_tokens}
+            for kind in ("geometric", "semantic", "depth"):
+                if (prediction := getattr(result, f"{kind}_prediction")) is not None:
+                    outputs[f"{mode}.prediction.{kind}"] = prediction
+            outputs |= {f"{mode}.loss.{loss_names[name]}": loss for name, loss in result.losses.items()}
+    finally:
+        model.config.masking_mode = configured_mode
+    return outputs
 
 
 class _Shapes(Mapping[str, torch.Size]):
@@ -285,11 +392,13 @@ def _convert_vggt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _convert_dinov3(state_dict: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
     head_dim = config.hidden_size // config.num_attention_heads
-    periods = config.rope_theta ** torch.arange(0, 1, 4 / head_dim)
-    if not torch.allclose(state_dict["rope_embed.periods"].float(), periods, rtol=1e-2):
+    expected = config.rope_theta ** torch.arange(0, 1, 4 / head_dim)
+    periods = state_dict.get("rope_embed.periods")
+    # bfloat16 in the original files.
+    if periods is None or periods.shape != expected.shape or not periods.float().allclose(expected, rtol=1e-2):
         raise ValueError(
-            f"DINOv3 rope_embed.periods are {state_dict['rope_embed.periods'].tolist()}; rope_theta = "
-            f"{config.rope_theta} gives {periods.tolist()}"
+            f"DINOv3 rope_embed.periods are {periods if periods is None else periods.tolist()}; rope_theta = "
+            f"{config.rope_theta} with heads of {head_dim} channels gives {expected.tolist()}"
         )
     for key, mask in state_dict.items():
         if key.endswith(".qkv.bias_mask"):

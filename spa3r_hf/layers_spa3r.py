@@ -1,4 +1,4 @@
-"""What VGGT, the Spa3R encoder and the Spa3R decoder are built of: attention, its position encodings, and the block."""
+"""What VGGT and the Spa3R encoder and decoder are built of: attention, its position encodings, and the block."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,8 @@
-"""Spa3R (arXiv 2602.21186): an encoder that presses context views into latents, and Predictive Spatial Field Modeling."""
+"""Spa3R (arXiv 2602.21186): an encoder from context views to latents, and Predictive Spatial Field Modeling."""
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +10,8 @@ from torch.nn import functional as F
 from transformers import DINOv3ViTModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils.generic import TransformersKwargs, can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
 from .camera_spa3r import camera_rays, check_cameras, plucker_rays, projection_matrices, relative_to_first_view
@@ -63,6 +65,8 @@ class Spa3RModelOutput(ModelOutput):
     r"""
     latents (`torch.Tensor` of shape `(B, Q, D)`):
         The scene.
+    hidden_states, attentions (`tuple[torch.Tensor]`):
+        Of the encoder's layers, on request. The last layer works on the latents alone.
     """
 
     latents: torch.FloatTensor | None = None
@@ -93,7 +97,7 @@ class Spa3RForPreTrainingOutput(Spa3RDecoderOutput):
     loss (`torch.Tensor` of shape `()`):
         Sum of `losses`.
     losses (`dict[str, torch.Tensor]`):
-        `geometric_l1`, `geometric_cosine`, `semantic_l1`, `semantic_cosine`, `depth_probe`, as far as they are computed.
+        `geometric_l1`, `geometric_cosine`, `semantic_l1`, `semantic_cosine`, `depth_probe`, as far as computed.
     latents (`torch.Tensor` of shape `(B, Q, D)`):
         The scene, from the context views alone.
     geometric_target (`torch.Tensor` of shape `(B, V, N, 2C)`), semantic_target (`(B, V, N, semantic width)`),
@@ -103,6 +107,8 @@ class Spa3RForPreTrainingOutput(Spa3RDecoderOutput):
         True = target view.
     extrinsics (`torch.Tensor` of shape `(B, V, 3, 4)`), intrinsics (`torch.Tensor` of shape `(B, V, 3, 3)`):
         The cameras decoded with: camera <- world, OpenCV, world = first camera, scene units; pixels.
+    hidden_states, attentions (`tuple[torch.Tensor]`):
+        As in `Spa3RModelOutput`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -114,6 +120,8 @@ class Spa3RForPreTrainingOutput(Spa3RDecoderOutput):
     view_mask: torch.BoolTensor | None = None
     extrinsics: torch.FloatTensor | None = None
     intrinsics: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 def _layers(config: Spa3RConfig, count: int) -> nn.ModuleList:
@@ -236,7 +244,10 @@ class Spa3RPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": Spa3RLayer, "attentions": Spa3RAttention}
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(Spa3RLayer, layer_name="encoder.layers"),
+        "attentions": OutputRecorder(Spa3RAttention, index=1, layer_name="encoder.layers"),
+    }
     # Parts that are never trained: in eval mode and without gradients, whatever `train()` and the optimizer say.
     frozen_parts: tuple[str, ...] = ()
 
@@ -260,6 +271,15 @@ class Spa3RPreTrainedModel(PreTrainedModel):
             if part is not None:
                 part.eval().requires_grad_(False)
         return self
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        # The library would name the saved class alone, but either class loads from the other's folder.
+        classes = {"AutoModel": Spa3RModel, "AutoModelForPreTraining": Spa3RForPreTraining}
+        self.config.auto_map = {
+            **(getattr(self.config, "auto_map", None) or {}),
+            **{auto_class: f"modeling_spa3r.{model.__name__}" for auto_class, model in classes.items()},
+        }
+        super().save_pretrained(save_directory, **kwargs)
 
 
 class Spa3RModel(Spa3RPreTrainedModel):
@@ -300,7 +320,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
             ValueError: The images have another shape, or pixels that are not finite.
         """
         with torch.no_grad():
-            tokens = self.backbone(pixel_values, **kwargs).last_hidden_state
+            tokens = self.backbone(pixel_values).last_hidden_state
         return Spa3RModelOutput(latents=self.encode(tokens, tuple(pixel_values.shape[-2:]), **kwargs))
 
     def encode(self, tokens: Tensor, image_size: tuple[int, int], **kwargs: Unpack[TransformersKwargs]) -> Tensor:
@@ -337,7 +357,8 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.spa3r.get_input_embeddings()
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.FloatTensor,
@@ -367,7 +388,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             check_cameras(extrinsics, intrinsics, batch_and_views)
             extrinsics = relative_to_first_view(extrinsics.float())
 
-        teachers = self._teach(pixel_values, view_mask, need_cameras=extrinsics is None, **kwargs)
+        teachers = self._teach(pixel_values, view_mask, need_cameras=extrinsics is None)
         if extrinsics is None:
             extrinsics, intrinsics = teachers["extrinsics"], teachers["intrinsics"]
         latents = self.spa3r.encode(teachers["context_tokens"], image_size, **kwargs)
@@ -406,7 +427,8 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         config, patch_size = self.config, self.config.backbone_config.patch_size
         if latents.ndim != 3 or latents.shape[1:] != (config.num_latents, config.hidden_size):
             raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; expected (scenes, {config.num_latents}, {config.hidden_size})"
+                f"latents have shape {tuple(latents.shape)}; expected "
+                f"(scenes, {config.num_latents}, {config.hidden_size})"
             )
         if len(image_size) != 2 or any(side <= 0 or side % patch_size for side in image_size):
             raise ValueError(f"image_size = {tuple(image_size)}; expected (height, width), multiples of {patch_size}")
@@ -424,7 +446,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         )
 
     @torch.no_grad()
-    def _teach(self, pixel_values: Tensor, view_mask: Tensor, need_cameras: bool, **kwargs) -> dict[str, Tensor]:
+    def _teach(self, pixel_values: Tensor, view_mask: Tensor, need_cameras: bool) -> dict[str, Tensor]:
         """What the frozen parts say: tokens of the context views, targets of all views, and cameras if needed."""
         config, backbone = self.config, self.spa3r.backbone
         num_context = check_view_mask(view_mask, tuple(pixel_values.shape[:2]))
@@ -435,13 +457,12 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             view_mask=view_mask if asymmetric else None,
             output_cameras=need_cameras,
             output_depth=config.depth_probe,
-            **kwargs,
         )
         if asymmetric:
             context_tokens = torch.take_along_dim(views.last_hidden_state, context[..., None, None], dim=1)
         else:
             context_pixels = torch.take_along_dim(pixel_values, context[..., None, None, None], dim=1)
-            context_tokens = backbone(context_pixels, **kwargs).last_hidden_state
+            context_tokens = backbone(context_pixels).last_hidden_state
 
         patch_size = config.backbone_config.patch_size
         grid_size = tuple(side // patch_size for side in pixel_values.shape[-2:])
@@ -451,22 +472,22 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         if self.geometric_head is not None:
             answers["geometric_target"] = views.last_hidden_state[:, :, config.backbone_config.num_prefix_tokens :]
         if self.semantic_head is not None:
-            answers["semantic_target"] = self.semantic_features(pixel_values, **kwargs)
+            answers["semantic_target"] = self.semantic_features(pixel_values)
         if self.depth_head is not None:
             depth = F.interpolate(views.depth.flatten(0, 1).permute(0, 3, 1, 2), size=grid_size, mode="nearest")
             answers["depth_target"] = depth.flatten(2).mT.unflatten(0, pixel_values.shape[:2])
         return answers
 
     @torch.no_grad()
-    def semantic_features(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        """Features (B, V, N, semantic width) of views (B, V, 3, H, W), brought to the grid of the backbone's patches."""
+    def semantic_features(self, pixel_values: Tensor) -> Tensor:
+        """Features (B, V, N, semantic width) of views (B, V, 3, H, W), on the grid of the backbone's patches."""
         config = self.config
         side = config.semantic_image_size // config.semantic_config.patch_size
         grid_size = tuple(length // config.backbone_config.patch_size for length in pixel_values.shape[-2:])
         images = F.interpolate(
             pixel_values.flatten(0, 1), size=(config.semantic_image_size,) * 2, mode="bilinear", align_corners=False
         )
-        tokens = self.semantic_teacher(normalize_pixels(images), **kwargs).last_hidden_state
+        tokens = self.semantic_teacher(normalize_pixels(images)).last_hidden_state
         maps = tokens[:, 1 + config.semantic_config.num_register_tokens :].mT.unflatten(-1, (side, side))
         maps = F.interpolate(maps, size=grid_size, mode="bilinear", align_corners=False)
         return maps.flatten(2).mT.unflatten(0, pixel_values.shape[:2])
@@ -481,7 +502,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             return (features[view_mask] if self.config.loss_views == "target" else features).float()
 
         for kind in ("geometric", "semantic"):
-            if prediction[f"{kind}_prediction"] is not None:
+            if getattr(prediction, f"{kind}_prediction") is not None:
                 predicted, target = chosen(prediction[f"{kind}_prediction"]), chosen(targets[f"{kind}_target"])
                 losses[f"{kind}_l1"] = F.smooth_l1_loss(predicted, target)
                 losses[f"{kind}_cosine"] = (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()

@@ -9,7 +9,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Pr
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import TransformersKwargs, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from typing_extensions import Unpack
 
 from .camera_spa3r import pose_encoding_to_cameras
@@ -96,6 +96,8 @@ class Spa3RVGGTOutput(ModelOutput):
         Depth along the optical axis, scene units; confidence >= 1.
     points (`torch.Tensor` of shape `(B, V, H, W, 3)`), points_confidence (`torch.Tensor` of shape `(B, V, H, W)`):
         Points in the first camera's frame, scene units; confidence >= 1.
+    hidden_states, attentions (`tuple[torch.Tensor]`):
+        Of the global blocks, on request; given a `view_mask`, context views come first.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -160,7 +162,10 @@ class Spa3RVGGTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": Spa3RLayer, "attentions": Spa3RAttention}
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(Spa3RLayer, layer_name="global_layers"),
+        "attentions": OutputRecorder(Spa3RAttention, index=1, layer_name="global_layers"),
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

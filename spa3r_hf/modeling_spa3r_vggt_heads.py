@@ -106,7 +106,7 @@ def uv_position_embedding(features: Tensor, image_size: tuple[int, int]) -> Tens
 
 
 class Spa3RVGGTDenseHead(nn.Module):
-    """DPT head: patch tokens of four layers -> a map of `out_channels` numbers and a confidence >= 1 for every pixel."""
+    """DPT head: patch tokens of four layers -> a map of `out_channels` numbers and a confidence >= 1 per pixel."""
 
     # Views decoded at a time: the maps of all views together would be the largest tensors of the whole model.
     views_per_chunk = 8
