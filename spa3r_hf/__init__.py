@@ -34,10 +34,10 @@ AutoModel.register(Spa3RConfig, Spa3RModel)
 AutoModelForPreTraining.register(Spa3RConfig, Spa3RForPreTraining)
 AutoImageProcessor.register(Spa3RConfig, Spa3RImageProcessor)
 
-# A saved folder carries the code of its classes, so that it loads with `trust_remote_code` where the package is absent.
-for _class in (Spa3RVGGTConfig, Spa3RConfig):
-    _class.register_for_auto_class()
-for _class in (Spa3RVGGTModel, Spa3RModel):
-    _class.register_for_auto_class("AutoModel")
+# A saved folder carries the code of its classes: it loads with `trust_remote_code` where the package is absent.
+Spa3RVGGTConfig.register_for_auto_class()
+Spa3RConfig.register_for_auto_class()
+Spa3RVGGTModel.register_for_auto_class("AutoModel")
+Spa3RModel.register_for_auto_class("AutoModel")
 Spa3RForPreTraining.register_for_auto_class("AutoModelForPreTraining")
 Spa3RImageProcessor.register_for_auto_class("AutoImageProcessor")

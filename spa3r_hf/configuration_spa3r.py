@@ -1,6 +1,6 @@
 """Configuration of Spa3R (arXiv 2602.21186)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import DINOv3ViTConfig, PreTrainedConfig
@@ -53,8 +53,9 @@ class Spa3RConfig(PreTrainedConfig):
     model_type = "spa3r"
     sub_configs = {"backbone_config": Spa3RVGGTConfig, "semantic_config": DINOv3ViTConfig}
 
-    backbone_config: dict | PreTrainedConfig | None = None
-    semantic_config: dict | PreTrainedConfig | None = None
+    # A dict, a configuration or None is accepted, and checked below; from then on they are configurations.
+    backbone_config: Any = None
+    semantic_config: Any = None
     hidden_size: int = 768
     num_hidden_layers: int = 6
     decoder_num_hidden_layers: int = 6
@@ -62,8 +63,8 @@ class Spa3RConfig(PreTrainedConfig):
     intermediate_size: int = 3072
     num_latents: int = 256
     num_register_tokens: int = 4
-    rope_theta: float = 100.0
-    layer_norm_eps: float = 1e-6
+    rope_theta: float | int = 100.0
+    layer_norm_eps: float | int = 1e-6
     mask_ratio: float = 0.5
     masking_mode: Literal["asymmetric", "two_pass"] = "asymmetric"
     loss_views: Literal["all", "target"] = "all"
@@ -71,7 +72,7 @@ class Spa3RConfig(PreTrainedConfig):
     targets: list[str] | tuple[str, ...] = ("geometric", "semantic")
     depth_probe: bool = True
     semantic_image_size: int = 224
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         refuse_unknown_keys(self, kwargs)

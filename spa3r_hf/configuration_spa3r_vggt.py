@@ -23,6 +23,7 @@ _LIBRARY_KEYS = {
     "quantization_config",
     "tie_word_embeddings",
     "torch_dtype",
+    "use_cache",
 }
 
 
@@ -101,9 +102,9 @@ class Spa3RVGGTConfig(PreTrainedConfig):
     patch_embedding_layers: int = 24
     num_register_tokens: int = 4
     global_qk_norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
-    rope_theta: float = 100.0
-    layer_norm_eps: float = 1e-5
-    layerscale_value: float = 0.01
+    rope_theta: float | int = 100.0
+    layer_norm_eps: float | int = 1e-5
+    layerscale_value: float | int = 0.01
     use_camera_head: bool = True
     use_depth_head: bool = True
     use_point_head: bool = True
@@ -113,7 +114,7 @@ class Spa3RVGGTConfig(PreTrainedConfig):
     dpt_hidden_size: int = 256
     dpt_out_channels: list[int] | tuple[int, ...] = (256, 512, 1024, 1024)
     dpt_layers: list[int] | tuple[int, ...] = (4, 11, 17, 23)
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         refuse_unknown_keys(self, kwargs)
@@ -121,14 +122,8 @@ class Spa3RVGGTConfig(PreTrainedConfig):
         check_positive(
             self,
             *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size"),
-            *(
-                "patch_size",
-                "patch_embedding_layers",
-                "camera_num_attention_heads",
-                "camera_num_hidden_layers",
-                "camera_num_iterations",
-            ),
-            *("dpt_hidden_size", "rope_theta", "layer_norm_eps"),
+            *("patch_size", "patch_embedding_layers", "dpt_hidden_size", "rope_theta", "layer_norm_eps"),
+            *("camera_num_attention_heads", "camera_num_hidden_layers", "camera_num_iterations"),
         )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(

@@ -61,6 +61,13 @@ _VGGT = [
     (r"\.scratch\.output_conv2\.2\.", ".out_conv3."),
     *_BLOCK,
 ]
+# What older versions of `transformers` call parts of their DINOv2 (saved files have these names with any version).
+_OLDER_DINOV2 = {
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+}
 _DINOV3 = [
     (r"^(cls_token|mask_token)$", r"embeddings.\1"),
     (r"^storage_tokens$", "embeddings.register_tokens"),
@@ -308,7 +315,7 @@ def compare_with_reference(
 
 
 def _training_outputs(model: Spa3RForPreTraining, images: Tensor, view_mask: Tensor) -> dict[str, Tensor]:
-    """Outputs of both masking modes, whichever the model is configured for."""
+    """Outputs of both masking modes, with the loss over all views as in the release, however the model is set."""
     loss_names = {
         "geometric_l1": "geo.l1",
         "geometric_cosine": "geo.cos",
@@ -316,11 +323,13 @@ def _training_outputs(model: Spa3RForPreTraining, images: Tensor, view_mask: Ten
         "semantic_cosine": "sem.cos",
         "depth_probe": "depth_prob",
     }
-    outputs = {}
-    configured_mode = model.config.masking_mode
+    outputs: dict[str, Tensor] = {}
+    config = model.config
+    own_settings = config.masking_mode, config.loss_views
     try:
+        config.loss_views = "all"
         for mode in ("asymmetric", "two_pass"):
-            model.config.masking_mode = mode
+            config.masking_mode = mode
             result = model(images, view_mask=view_mask)
             outputs |= {f"{mode}.latents": result.latents, f"{mode}.decoder_tokens": result.decoder_tokens}
             for kind in ("geometric", "semantic", "depth"):
@@ -328,7 +337,7 @@ def _training_outputs(model: Spa3RForPreTraining, images: Tensor, view_mask: Ten
                     outputs[f"{mode}.prediction.{kind}"] = prediction
             outputs |= {f"{mode}.loss.{loss_names[name]}": loss for name, loss in result.losses.items()}
     finally:
-        model.config.masking_mode = configured_mode
+        config.masking_mode, config.loss_views = own_settings
     return outputs
 
 
@@ -410,6 +419,14 @@ def _convert_dinov3(state_dict: Mapping[str, Tensor], config: DINOv3ViTConfig) -
     return {key: value for key, value in renamed.items() if not key.endswith(".k_proj.bias")}
 
 
+def _name_in_this_version(key: str, expected: Mapping[str, Tensor]) -> str:
+    if key not in expected and "patch_embedding.dinov2." in key:
+        for newer, older in _OLDER_DINOV2.items():
+            if key.replace(newer, older) in expected:
+                return key.replace(newer, older)
+    return key
+
+
 def _squeezed(shape: torch.Size) -> list[int]:
     return [n for n in shape if n != 1]
 
@@ -417,6 +434,7 @@ def _squeezed(shape: torch.Size) -> list[int]:
 def _fill(model: Model, converted: Mapping[str, Tensor]) -> Model:
     """Load strictly, with every difference named. Extra axes of length one, as in (1, 2, 1, C) tokens, are dropped."""
     expected = model.state_dict()
+    converted = {_name_in_this_version(key, expected): value for key, value in converted.items()}
     differences = {
         "left over": sorted(set(converted) - set(expected)),
         "missing": sorted(set(expected) - set(converted)),

@@ -21,6 +21,8 @@ from .modeling_spa3r_vggt import (
     Spa3RVGGTModel,
     check_pixel_values,
     check_view_mask,
+    grid_size_of,
+    image_size_of,
     normalize_pixels,
     order_context_first,
 )
@@ -69,9 +71,9 @@ class Spa3RModelOutput(ModelOutput):
         Of the encoder's layers, on request. The last layer works on the latents alone.
     """
 
-    latents: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    latents: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -85,10 +87,10 @@ class Spa3RDecoderOutput(ModelOutput):
         What the heads read.
     """
 
-    geometric_prediction: torch.FloatTensor | None = None
-    semantic_prediction: torch.FloatTensor | None = None
-    depth_prediction: torch.FloatTensor | None = None
-    decoder_tokens: torch.FloatTensor | None = None
+    geometric_prediction: Tensor | None = None
+    semantic_prediction: Tensor | None = None
+    depth_prediction: Tensor | None = None
+    decoder_tokens: Tensor | None = None
 
 
 @dataclass
@@ -111,17 +113,17 @@ class Spa3RForPreTrainingOutput(Spa3RDecoderOutput):
         As in `Spa3RModelOutput`.
     """
 
-    loss: torch.FloatTensor | None = None
-    losses: dict[str, torch.FloatTensor] | None = None
-    latents: torch.FloatTensor | None = None
-    geometric_target: torch.FloatTensor | None = None
-    semantic_target: torch.FloatTensor | None = None
-    depth_target: torch.FloatTensor | None = None
-    view_mask: torch.BoolTensor | None = None
-    extrinsics: torch.FloatTensor | None = None
-    intrinsics: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    latents: Tensor | None = None
+    geometric_target: Tensor | None = None
+    semantic_target: Tensor | None = None
+    depth_target: Tensor | None = None
+    view_mask: Tensor | None = None
+    extrinsics: Tensor | None = None
+    intrinsics: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 def _layers(config: Spa3RConfig, count: int) -> nn.ModuleList:
@@ -236,7 +238,7 @@ class Spa3RPreTrainedModel(PreTrainedModel):
     config_class = Spa3RConfig
     base_model_prefix = "spa3r"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Spa3RLayer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer"]
     _supports_sdpa = True
@@ -272,7 +274,7 @@ class Spa3RPreTrainedModel(PreTrainedModel):
                 part.eval().requires_grad_(False)
         return self
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # type: ignore[override]
         # The library would name the saved class alone, but either class loads from the other's folder.
         classes = {"AutoModel": Spa3RModel, "AutoModelForPreTraining": Spa3RForPreTraining}
         self.config.auto_map = {
@@ -311,7 +313,7 @@ class Spa3RModel(Spa3RPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> Spa3RModelOutput:
+    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Spa3RModelOutput:
         """
         Args:
             pixel_values: (B, V, 3, H, W) in [0, 1], H and W multiples of the patch size; all views are context.
@@ -321,12 +323,13 @@ class Spa3RModel(Spa3RPreTrainedModel):
         """
         with torch.no_grad():
             tokens = self.backbone(pixel_values).last_hidden_state
-        return Spa3RModelOutput(latents=self.encode(tokens, tuple(pixel_values.shape[-2:]), **kwargs))
+        return Spa3RModelOutput(latents=self.encode(tokens, image_size_of(pixel_values), **kwargs))
 
     def encode(self, tokens: Tensor, image_size: tuple[int, int], **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         """Last-layer backbone tokens (B, V, 1 + registers + N, 2C) of context views -> latents (B, Q, D)."""
-        grid_size = tuple(side // self.config.backbone_config.patch_size for side in image_size)
-        return self.encoder(tokens[:, :, self.config.backbone_config.num_prefix_tokens :], grid_size, **kwargs)
+        config = self.config.backbone_config
+        grid_size = (image_size[0] // config.patch_size, image_size[1] // config.patch_size)
+        return self.encoder(tokens[:, :, config.num_prefix_tokens :], grid_size, **kwargs)
 
 
 class Spa3RForPreTraining(Spa3RPreTrainedModel):
@@ -361,10 +364,10 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        view_mask: torch.BoolTensor | None = None,
-        extrinsics: torch.FloatTensor | None = None,
-        intrinsics: torch.FloatTensor | None = None,
+        pixel_values: Tensor,
+        view_mask: Tensor | None = None,
+        extrinsics: Tensor | None = None,
+        intrinsics: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Spa3RForPreTrainingOutput:
         """
@@ -379,13 +382,14 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             ValueError: Images, mask or cameras are not as described.
         """
         check_pixel_values(pixel_values, self.config.backbone_config.patch_size)
-        batch_and_views, image_size = tuple(pixel_values.shape[:2]), tuple(pixel_values.shape[-2:])
+        batch_size, num_views = pixel_values.shape[:2]
+        image_size = image_size_of(pixel_values)
         if view_mask is None:
-            view_mask = draw_view_mask(*batch_and_views, self.config.mask_ratio, device=pixel_values.device)
+            view_mask = draw_view_mask(batch_size, num_views, self.config.mask_ratio, device=pixel_values.device)
         if (extrinsics is None) != (intrinsics is None):
             raise ValueError("only one of extrinsics and intrinsics is given; expected both or neither")
-        if extrinsics is not None:
-            check_cameras(extrinsics, intrinsics, batch_and_views)
+        if extrinsics is not None and intrinsics is not None:
+            check_cameras(extrinsics, intrinsics, (batch_size, num_views))
             extrinsics = relative_to_first_view(extrinsics.float())
 
         teachers = self._teach(pixel_values, view_mask, need_cameras=extrinsics is None)
@@ -446,7 +450,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         )
 
     @torch.no_grad()
-    def _teach(self, pixel_values: Tensor, view_mask: Tensor, need_cameras: bool) -> dict[str, Tensor]:
+    def _teach(self, pixel_values: Tensor, view_mask: Tensor, need_cameras: bool) -> dict[str, Any]:
         """What the frozen parts say: tokens of the context views, targets of all views, and cameras if needed."""
         config, backbone = self.config, self.spa3r.backbone
         num_context = check_view_mask(view_mask, tuple(pixel_values.shape[:2]))
@@ -465,8 +469,8 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
             context_tokens = backbone(context_pixels).last_hidden_state
 
         patch_size = config.backbone_config.patch_size
-        grid_size = tuple(side // patch_size for side in pixel_values.shape[-2:])
-        answers = {"context_tokens": context_tokens}
+        grid_size = grid_size_of(pixel_values, patch_size)
+        answers: dict[str, Any] = {"context_tokens": context_tokens}
         if need_cameras:
             answers |= {"extrinsics": views.extrinsics, "intrinsics": views.intrinsics}
         if self.geometric_head is not None:
@@ -480,10 +484,17 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
 
     @torch.no_grad()
     def semantic_features(self, pixel_values: Tensor) -> Tensor:
-        """Features (B, V, N, semantic width) of views (B, V, 3, H, W), on the grid of the backbone's patches."""
+        """
+        Features (B, V, N, semantic width) of views (B, V, 3, H, W), on the grid of the backbone's patches.
+
+        Raises:
+            ValueError: The model has no semantic teacher, as its `config.targets` says.
+        """
         config = self.config
+        if self.semantic_teacher is None:
+            raise ValueError(f"targets = {list(config.targets)}; expected 'semantic' among them for semantic features")
         side = config.semantic_image_size // config.semantic_config.patch_size
-        grid_size = tuple(length // config.backbone_config.patch_size for length in pixel_values.shape[-2:])
+        grid_size = grid_size_of(pixel_values, config.backbone_config.patch_size)
         images = F.interpolate(
             pixel_values.flatten(0, 1), size=(config.semantic_image_size,) * 2, mode="bilinear", align_corners=False
         )
@@ -492,9 +503,7 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         maps = F.interpolate(maps, size=grid_size, mode="bilinear", align_corners=False)
         return maps.flatten(2).mT.unflatten(0, pixel_values.shape[:2])
 
-    def _losses(
-        self, prediction: Spa3RDecoderOutput, targets: dict[str, Tensor | None], view_mask: Tensor
-    ) -> dict[str, Tensor]:
+    def _losses(self, prediction: Spa3RDecoderOutput, targets: dict[str, Any], view_mask: Tensor) -> dict[str, Tensor]:
         """The PSFM loss: smooth L1 and cosine distance for each kind of feature; smooth L1 for the depth probe."""
         losses = {}
 

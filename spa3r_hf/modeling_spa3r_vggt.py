@@ -29,6 +29,18 @@ def normalize_pixels(pixel_values: Tensor) -> Tensor:
     return (pixel_values - mean) / std
 
 
+def image_size_of(pixel_values: Tensor) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    height, width = pixel_values.shape[-2:]
+    return height, width
+
+
+def grid_size_of(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    height, width = pixel_values.shape[-2:]
+    return height // patch_size, width // patch_size
+
+
 def check_pixel_values(pixel_values: Tensor, patch_size: int) -> None:
     """
     Raise a `ValueError` unless `pixel_values` is (B, V, 3, H, W), with H and W multiples of `patch_size`, and finite.
@@ -100,17 +112,17 @@ class Spa3RVGGTOutput(ModelOutput):
         Of the global blocks, on request; given a `view_mask`, context views come first.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    layer_features: dict[int, torch.FloatTensor] | None = None
-    pose_encodings: tuple[torch.FloatTensor, ...] | None = None
-    extrinsics: torch.FloatTensor | None = None
-    intrinsics: torch.FloatTensor | None = None
-    depth: torch.FloatTensor | None = None
-    depth_confidence: torch.FloatTensor | None = None
-    points: torch.FloatTensor | None = None
-    points_confidence: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+    layer_features: dict[int, Tensor] | None = None
+    pose_encodings: tuple[Tensor, ...] | None = None
+    extrinsics: Tensor | None = None
+    intrinsics: Tensor | None = None
+    depth: Tensor | None = None
+    depth_confidence: Tensor | None = None
+    points: Tensor | None = None
+    points_confidence: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class Spa3RVGGTConvEmbedding(nn.Module):
@@ -139,7 +151,8 @@ class Spa3RVGGTDinov2Embedding(nn.Module):
             patch_size=config.patch_size,
             num_register_tokens=4,
             layerscale_value=1.0,
-            attn_implementation=config._attn_implementation,
+            initializer_range=config.initializer_range,
+            attn_implementation=config._attn_implementation,  # type: ignore[call-arg]  # all configurations take it
         )
         self.dinov2 = Dinov2WithRegistersModel(dinov2_config)
 
@@ -154,7 +167,7 @@ class Spa3RVGGTPreTrainedModel(PreTrainedModel):
     config_class = Spa3RVGGTConfig
     base_model_prefix = "vggt"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Spa3RLayer", "Dinov2WithRegistersLayer"]
     _supports_sdpa = True
@@ -224,8 +237,8 @@ class Spa3RVGGTModel(Spa3RVGGTPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.FloatTensor,
-        view_mask: torch.BoolTensor | None = None,
+        pixel_values: Tensor,
+        view_mask: Tensor | None = None,
         output_layers: Sequence[int] = (),
         output_cameras: bool = False,
         output_depth: bool = False,
@@ -244,14 +257,15 @@ class Spa3RVGGTModel(Spa3RVGGTPreTrainedModel):
             ValueError: Images, mask or layers are not as described, or a head is asked for that does not exist.
         """
         check_pixel_values(pixel_values, self.config.patch_size)
-        for name, head in (("camera", self.camera_head), ("depth", self.depth_head), ("point", self.point_head)):
-            wanted = {"camera": output_cameras, "depth": output_depth, "point": output_points}[name]
-            if wanted and head is None:
+        wanted = {"camera": output_cameras, "depth": output_depth, "point": output_points}
+        heads = {name: getattr(self, f"{name}_head") for name in wanted if wanted[name]}
+        for name, head in heads.items():
+            if head is None:
                 raise ValueError(f"the {name} head is asked for, but the config says use_{name}_head = False")
         if any(not 0 <= layer < self.config.num_hidden_layers for layer in output_layers):
             raise ValueError(f"output_layers = {output_layers}; expected [0, {self.config.num_hidden_layers - 1}]")
 
-        image_size = tuple(pixel_values.shape[-2:])
+        image_size = image_size_of(pixel_values)
         needed = {*output_layers, self.config.num_hidden_layers - 1}
         if output_depth or output_points:
             needed |= set(self.config.dpt_layers)
@@ -264,16 +278,16 @@ class Spa3RVGGTModel(Spa3RVGGTPreTrainedModel):
         with torch.autocast(device_type=last.device.type, enabled=False):
             dtype = self.camera_token.dtype
             if output_cameras:
-                poses = self.camera_head(last[:, :, 0].to(dtype))
+                poses = heads["camera"](last[:, :, 0].to(dtype))
                 output.pose_encodings = tuple(poses)
                 output.extrinsics, output.intrinsics = pose_encoding_to_cameras(poses[-1].float(), image_size)
             if output_depth or output_points:
                 first_patch = self.config.num_prefix_tokens
                 maps = [features[layer][:, :, first_patch:].to(dtype) for layer in self.config.dpt_layers]
                 if output_depth:
-                    output.depth, output.depth_confidence = self.depth_head(maps, image_size)
+                    output.depth, output.depth_confidence = heads["depth"](maps, image_size)
                 if output_points:
-                    output.points, output.points_confidence = self.point_head(maps, image_size)
+                    output.points, output.points_confidence = heads["point"](maps, image_size)
         return output
 
     def _aggregate(
@@ -298,7 +312,7 @@ class Spa3RVGGTModel(Spa3RVGGTPreTrainedModel):
                 restore = order.argsort(dim=1)
                 tokens = torch.take_along_dim(tokens, order[..., None, None], dim=1)
 
-        grid_size = tuple(side // config.patch_size for side in pixel_values.shape[-2:])
+        grid_size = grid_size_of(pixel_values, config.patch_size)
         head_dim = config.hidden_size // config.num_attention_heads
         frame_positions = RotaryEncoding.for_views(
             config.num_prefix_tokens, grid_size, 1, head_dim, config.rope_theta, like=tokens

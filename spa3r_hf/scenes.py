@@ -3,6 +3,7 @@
 Sources list their scenes when they are made and open pictures only when asked for them.
 """
 
+import copy
 import io
 import logging
 import re
@@ -239,6 +240,13 @@ class StreamedScenes:
     ):
         self.dataset = _keep_encoded(dataset, column)
         self._open = _RowToScene(column, frame_step, use_cameras)
+
+    def split(self, num_scenes: int) -> "tuple[list[Scene], StreamedScenes]":
+        """The first so many scenes, and the stream of all others."""
+        first = [self._open(row, index) for index, row in enumerate(self.dataset.take(num_scenes))]
+        rest = copy.copy(self)
+        rest.dataset = self.dataset.skip(num_scenes)
+        return first, rest
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffles a shuffled stream anew."""

@@ -34,7 +34,7 @@ class RoomScenes(Sequence[Scene]):
     num_views: int = 24
     image_size: tuple[int, int] = (392, 518)
     horizontal_fov_degrees: float = 70.0
-    frame_step: tuple[int, int] = (1, 2)
+    frame_step: tuple[int, int] = (2, 4)
     use_cameras: bool = True
 
     def __len__(self) -> int:

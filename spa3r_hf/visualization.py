@@ -201,23 +201,26 @@ def prediction_sheet(
     targets: Mapping[str, np.ndarray],
     predictions: Mapping[str, np.ndarray],
     *,
+    bases: Mapping[str, FeatureBasis] | None = None,
     title: str = "",
     distances: Sequence[tuple[float, float]] | None = None,
     max_error: float = 0.5,
 ) -> Image.Image:
     """One scene on one sheet: the context views, then a row for each target view.
 
-    A row shows the target view and, for each kind of feature, its true map, the predicted map in the same colours
-    (`feature_basis` of the true features of all views), and the error, 1 - cosine per patch, with its mean.
+    A row shows the target view and, for each kind of feature, its true map, the predicted map in the same colours, and
+    the error, 1 - cosine per patch, with its mean.
 
     Args:
         pixel_values: (V, 3, H, W) in [0, 1].
         view_mask: (V,), True = target view; at least one of each.
         targets: True feature maps (V, h, w, C) by kind, such as "geometric" and "semantic"; patches are square.
         predictions: Predicted feature maps, the same kinds and shapes.
+        bases: The colours of each kind; None: `feature_basis` of the true features of this scene. One basis for
+            several scenes shows how they differ, one of its own shows more of a scene.
         title: Such as the scene's name.
         distances: For each target view, in order, how far its camera is from the nearest context view:
-            metres, degrees.
+            scene units, degrees.
         max_error: End of the error's colour range.
 
     Raises:
@@ -265,7 +268,7 @@ def prediction_sheet(
 
     _text(draw, (_MARGIN, targets_top - 1.5 * _HEADING - 3), "target views", 20, _CELL)
     for k, (kind, true) in enumerate(targets.items()):
-        basis, predicted = feature_basis(true), predictions[kind]
+        basis, predicted = bases[kind] if bases else feature_basis(true), predictions[kind]
         first = 1 + 3 * k
         middle = left(first + 1) + _CELL / 2
         _text(draw, (middle, targets_top - 1.5 * _HEADING - 3), f"{kind} features", 20, 3 * _CELL, anchor="mm")
@@ -283,7 +286,7 @@ def prediction_sheet(
     for i, view in enumerate(target_views):
         caption = f"view {view}"
         if distances is not None:
-            caption += ": {:.2f} m, {:.0f}° off".format(*distances[i])
+            caption += ": {:.2f} units, {:.0f}° off".format(*distances[i])
         place_view(view, 0, targets_top + i * row, caption)
 
     y = legend_top + 18
@@ -293,7 +296,7 @@ def prediction_sheet(
     scale = _error_to_rgb(np.tile(np.linspace(0, max_error, 160), (14, 1)), max_error)
     sheet.paste(Image.fromarray(scale), (bar, y - 7))
     _text(draw, (bar + 168, y), f"{max_error:g} or more", 16, sheet_width, _GREY)
-    legend = "features: their first three principal components, fitted on the true maps of all views"
+    legend = "features: their first three principal components, fitted on true maps"
     if distances is not None:
         legend += "; off: from the nearest context camera"
     _text(draw, (_MARGIN, y + 28), legend, 16, sheet_width - 2 * _MARGIN, _GREY)

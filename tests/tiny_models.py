@@ -19,7 +19,7 @@ GOLDEN = {
 
 
 def tiny_vggt_config(**options: Any) -> Spa3RVGGTConfig:
-    settings = {
+    settings: dict[str, Any] = {
         **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48},
         **{"image_size": 28, "patch_embedding": "conv", "patch_embedding_layers": 1, "num_register_tokens": 2},
         **{"camera_num_attention_heads": 2, "camera_num_hidden_layers": 1, "camera_num_iterations": 2},
@@ -31,7 +31,7 @@ def tiny_vggt_config(**options: Any) -> Spa3RVGGTConfig:
 
 
 def tiny_spa3r_config(backbone: dict[str, Any] | None = None, **options: Any) -> Spa3RConfig:
-    settings = {
+    settings: dict[str, Any] = {
         "backbone_config": tiny_vggt_config(**(backbone or {})),
         "semantic_config": {
             **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2},

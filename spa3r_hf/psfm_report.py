@@ -1,0 +1,72 @@
+"""What a PSFM run leaves for people: scores, pictures, curves and a model card."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .camera_spa3r import camera_distances
+from .model_card import write_psfm_card
+from .modeling_spa3r import Spa3RForPreTraining
+from .psfm_metrics import nearest_context_view
+from .visualization import feature_basis, loss_curve, metrics_chart, prediction_sheet
+
+
+@torch.no_grad()
+def draw_predictions(
+    model: Spa3RForPreTraining, batch: Mapping[str, torch.Tensor], folder: Path, first: int = 0
+) -> list[Path]:
+    """
+    One picture for each scene of a batch, `scene_{first}.png` and on: context views, and for each target view its true
+    and predicted features, in colours that mean the same in all scenes of the batch, and the error.
+    """
+    output = model(**batch)
+    height, width = (side // model.config.backbone_config.patch_size for side in batch["pixel_values"].shape[-2:])
+    distances, angles = camera_distances(output.extrinsics)
+    nearest = nearest_context_view(output.extrinsics, output.view_mask)[..., None]
+    apart = torch.cat((distances.gather(-1, nearest), angles.rad2deg().gather(-1, nearest)), dim=-1)
+    kinds = [kind for kind in ("geometric", "semantic") if output[f"{kind}_target"] is not None]
+
+    def maps(name: str, scene: int) -> dict[str, Any]:
+        return {
+            kind: output[f"{kind}_{name}"][scene].float().unflatten(1, (height, width)).cpu().numpy() for kind in kinds
+        }
+
+    truth = {kind: output[f"{kind}_target"].float().flatten(0, 1).cpu().numpy() for kind in kinds}
+    bases = {kind: feature_basis(features) for kind, features in truth.items()}
+    paths = []
+    for scene, view_mask in enumerate(output.view_mask):
+        sheet = prediction_sheet(
+            batch["pixel_values"][scene].cpu().numpy(),
+            view_mask.cpu().numpy(),
+            maps("target", scene),
+            maps("prediction", scene),
+            bases=bases,
+            distances=[tuple(pair) for pair in apart[scene][view_mask].tolist()],
+        )
+        paths.append(folder / f"scene_{first + scene}.png")
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(paths[-1])
+    return paths
+
+
+def write_psfm_report(
+    folder: Path,
+    model: Spa3RForPreTraining,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    scores: Mapping[str, Any],
+    log_history: Sequence[Mapping[str, Any]],
+    run: Mapping[str, Any],
+) -> None:
+    """Write `eval.json`, `run.json`, the model card and `pictures/` (scenes, loss curve, chart) to `folder`."""
+    for name, content in (("eval.json", scores), ("run.json", run)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_psfm_card(folder, scores, run)
+    pictures = folder / "pictures"
+    drawn = 0
+    for batch in batches[:2]:
+        drawn += len(draw_predictions(model, batch, pictures, first=drawn))
+    loss_curve(log_history).save(pictures / "loss.png")
+    metrics_chart(scores).save(pictures / "scores.png")

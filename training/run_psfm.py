@@ -1,0 +1,298 @@
+"""
+Pre-train Spa3R by Predictive Spatial Field Modeling (PSFM).
+
+With no arguments: the nano configuration on procedural rooms, about ten minutes on two CPU cores.
+
+    python training/run_psfm.py
+    python training/run_psfm.py --max_steps 20 --num_rooms 8 --num_eval_rooms 4                   # smoke
+    torchrun --nproc_per_node 8 training/run_psfm.py training/recipes/psfm_paper.yaml --data_dir /data/scannet
+
+A YAML or JSON file of arguments may come first; flags override it.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+import yaml
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import spa3r_hf
+from spa3r_hf import Spa3RConfig, Spa3RForPreTraining, Spa3RImageProcessor
+from spa3r_hf.model_card import psfm_table
+from spa3r_hf.psfm_data import PSFMBatchSampler, PSFMDataset, StreamingPSFMDataset
+from spa3r_hf.psfm_report import write_psfm_report
+from spa3r_hf.psfm_splits import PSFMSplit, batches_of, split_scenes
+from spa3r_hf.psfm_trainer import PSFMTrainer
+from spa3r_hf.scenes import StreamedScenes, open_scenes
+from spa3r_hf.scenes_rooms import RoomScenes
+
+
+logger = logging.getLogger("run_psfm")
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A Spa3RForPreTraining checkpoint to go on from, folder or Hub repo."}
+    )
+    config_name: str = field(
+        default=str(REPOSITORY / "hub_configs" / "spa3r-nano"),
+        metadata={"help": "Folder or Hub repo with the configuration and image processor of a new model."},
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to the configuration, as JSON: '{\"mask_ratio\": 0.25}'."}
+    )
+    backbone_name_or_path: str | None = field(
+        default=None, metadata={"help": "Weights of the frozen VGGT (Spa3RVGGTModel). None: random weights."}
+    )
+    semantic_name_or_path: str | None = field(
+        default=None, metadata={"help": "Weights of the frozen DINOv3 (DINOv3ViTModel). None: random weights."}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+
+
+@dataclass
+class DataArguments:
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder of photographs, a folder of such folders, ScanNet, ScanNet++, a video or a folder of "
+            "videos, a saved data set or its name on the Hub. None: procedural rooms."
+        },
+    )
+    split: str = field(default="train", metadata={"help": "Split of ScanNet++ or of a data set."})
+    image_column: str = field(default="images", metadata={"help": "A data set's column of lists of images."})
+    streaming: bool = field(default=False, metadata={"help": "Stream a data set instead of downloading it first."})
+    cameras: Literal["auto", "data", "backbone"] = field(
+        default="auto",
+        metadata={
+            "help": "Where cameras come from: the data, or the backbone's camera head. auto: the data where it has "
+            "cameras and the backbone has random weights; else the backbone."
+        },
+    )
+    image_size: int | None = field(default=None, metadata={"help": "Width in pixels; default: the image processor's."})
+    frame_step: list[int] | None = field(
+        default=None,
+        metadata={"help": "Lowest and highest distance between views of a sample; default: the layout's."},
+    )
+    min_views: int = field(default=4, metadata={"help": "Fewest views of a sample."})
+    max_views: int = field(default=12, metadata={"help": "Most views of a sample."})
+    images_per_batch: int = field(default=24, metadata={"help": "Budget of images of a batch on one device."})
+    num_rooms: int = field(default=192, metadata={"help": "Procedural rooms to train on."})
+    num_eval_rooms: int = field(default=16, metadata={"help": "Procedural rooms held out."})
+    views_per_room: int = field(default=40, metadata={"help": "Length of the camera walk through a room."})
+    eval_scenes: int = field(default=8, metadata={"help": "Scenes of data_dir to hold out, at most a quarter."})
+    eval_views: int = field(default=8, metadata={"help": "Views of a held-out scene, context and target."})
+    on_bad_sample: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "What to do about scenes that cannot be read; skipped ones are named."}
+    )
+
+
+@dataclass
+class PSFMTrainingArguments(TrainingArguments):
+    output_dir: str | None = field(default="outputs/psfm", metadata={"help": "Where everything is written."})
+    max_steps: int = 1500
+    learning_rate: float = 2e-3
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
+    warmup_steps: float = 0.05
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    logging_steps: float = 25
+    report_to: None | str | list[str] = "none"
+    seed: int = 0
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PSFMTrainingArguments]:
+    parser = HfArgumentParser((ModelArguments, DataArguments, PSFMTrainingArguments))
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        recipe = yaml.safe_load(Path(argv[0]).read_text())
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(recipe) - known)
+        if unknown:
+            raise ValueError(f"{argv[0]} has unknown arguments {unknown}; see --help for those that exist")
+        parser.set_defaults(**recipe)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def build_model(args: ModelArguments) -> tuple[Spa3RForPreTraining, bool]:
+    """The model, and whether its backbone has weights that mean something."""
+    if args.model_name_or_path:
+        model = Spa3RForPreTraining.from_pretrained(
+            args.model_name_or_path, attn_implementation=args.attn_implementation
+        )
+        return model, True
+    config = AutoConfig.from_pretrained(args.config_name)
+    if not isinstance(config, Spa3RConfig):
+        raise ValueError(f"config_name = {args.config_name} is a {config.model_type!r}; expected 'spa3r'")
+    overrides = args.config_overrides or {}
+    overrides = json.loads(overrides) if isinstance(overrides, str) else overrides
+    settings = config.to_dict()
+    for name in ("backbone", "semantic"):
+        if path := getattr(args, f"{name}_name_or_path"):
+            settings[f"{name}_config"] = AutoConfig.from_pretrained(path).to_dict()
+    config = Spa3RConfig(**(settings | overrides), attn_implementation=args.attn_implementation)
+    model = Spa3RForPreTraining(config)
+    if args.backbone_name_or_path:
+        backbone = AutoModel.from_pretrained(args.backbone_name_or_path)
+        model.spa3r.backbone.load_state_dict(backbone.state_dict())
+    if args.semantic_name_or_path and model.semantic_teacher is not None:
+        model.semantic_teacher.load_state_dict(AutoModel.from_pretrained(args.semantic_name_or_path).state_dict())
+    return model, bool(args.backbone_name_or_path)
+
+
+def build_processor(model_args: ModelArguments, data_args: DataArguments) -> Spa3RImageProcessor:
+    options = {} if data_args.image_size is None else {"size": data_args.image_size}
+    return AutoImageProcessor.from_pretrained(model_args.model_name_or_path or model_args.config_name, **options)
+
+
+def build_split(
+    args: DataArguments, processor: Spa3RImageProcessor, config: Spa3RConfig, use_cameras: bool
+) -> tuple[PSFMSplit, str]:
+    """What to train on and what to evaluate on, and its name."""
+    held_out = None
+    options: dict = {"use_cameras": use_cameras}
+    if args.frame_step:
+        options["frame_step"] = tuple(args.frame_step)
+    if args.data_dir is None:
+        options |= {"num_views": args.views_per_room, "image_size": (processor.size,) * 2}
+        scenes = RoomScenes(range(args.num_rooms), **options)
+        held_out = RoomScenes(range(10**6, 10**6 + args.num_eval_rooms), **options)
+        name = f"procedural rooms 0 to {args.num_rooms - 1}"
+    else:
+        scenes = open_scenes(
+            args.data_dir, split=args.split, column=args.image_column, streaming=args.streaming, **options
+        )
+        name = Path(args.data_dir).resolve().name if Path(args.data_dir).exists() else args.data_dir
+    split = split_scenes(
+        scenes,
+        processor,
+        held_out=held_out,
+        num_held_out=args.eval_scenes,
+        num_views=args.eval_views,
+        mask_ratio=config.mask_ratio,
+        on_bad_sample=args.on_bad_sample,
+    )
+    return split, name
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
+    set_seed(args.seed)
+    started = time.monotonic()
+    output_dir = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if resume == "last":
+        resume = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
+        if resume is None:
+            raise FileNotFoundError(f"{output_dir} holds no checkpoint to resume from; expected checkpoint-<step>")
+
+    model, backbone_is_trained = build_model(model_args)
+    processor = build_processor(model_args, data_args)
+    use_cameras = data_args.cameras == "data" or (data_args.cameras == "auto" and not backbone_is_trained)
+    split, name = build_split(data_args, processor, model.config, use_cameras)
+    if data_args.cameras == "data" and not split.has_cameras:
+        raise ValueError(f"cameras = data, but {name} has no cameras; expected cameras.npz, or cameras = backbone")
+    notes = []
+    if not backbone_is_trained:
+        notes.append(
+            "The geometry backbone and the semantic teacher have random weights: the features that are predicted mean "
+            "nothing yet; this run shows that prediction works."
+        )
+        notes.append(
+            "Cameras are taken from the data, since a random camera head knows none."
+            if split.has_cameras
+            else "The data have no cameras, and a random camera head knows none: predictions cannot tell views apart."
+        )
+    for note in notes:
+        logger.info(note)
+
+    max_views = data_args.max_views
+    if split.smallest_scene is not None and split.smallest_scene < max_views:
+        max_views = split.smallest_scene
+        logger.info("samples have at most %d views: the smallest scene has no more", max_views)
+    batching = {
+        "images_per_batch": data_args.images_per_batch,
+        "views": (data_args.min_views, max_views),
+        "batches_per_step": args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
+    }
+    sampling = {
+        "seed": args.seed,
+        "mask_ratio": model.config.mask_ratio,
+        "on_bad_sample": data_args.on_bad_sample,
+    }
+    batch_sampler = None
+    if isinstance(split.train, StreamedScenes):
+        train_dataset = StreamingPSFMDataset(split.train, processor, **batching, **sampling)
+    else:
+        train_dataset = PSFMDataset(split.train, processor, **sampling)
+        # A handful of scenes gives many samples: an epoch then goes through them several times.
+        repeats = max(1, 256 // len(split.train))
+        batch_sampler = PSFMBatchSampler(repeats * len(split.train), **batching)
+
+    eval_batches = batches_of(split.eval_samples)
+    trainer = PSFMTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_batches,
+        mean_batches=batches_of(split.mean_samples),
+        batch_sampler=batch_sampler,
+        processing_class=processor,
+    )
+    trainer.bad_samples += split.bad_samples
+    trainer.train(resume_from_checkpoint=resume)
+    scores = trainer.score()
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+
+    run = {
+        "name": output_dir.resolve().name,
+        "command": " ".join(["python", "training/run_psfm.py", *(sys.argv[1:] if argv is None else argv)]),
+        "data": name,
+        "held_out": split.held_out,
+        "num_train_scenes": "a stream" if batch_sampler is None else len(split.train),
+        "cameras": "from the data" if split.has_cameras else "from the backbone's camera head",
+        "notes": notes,
+        "bad_samples": trainer.bad_samples,
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "seconds": round(time.monotonic() - started, 1),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "processes": args.world_size,
+        "versions": {
+            "spa3r_hf": spa3r_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    model.eval()
+    prepared = [trainer._prepare_inputs(batch) for batch in eval_batches[:2]]
+    write_psfm_report(output_dir, model, prepared, scores, trainer.state.log_history, run)
+    if trainer.bad_samples:
+        logger.warning("%d bad samples were left out:\n%s", len(trainer.bad_samples), "\n".join(trainer.bad_samples))
+    logger.info("\n%s\n\nmodel, card, eval.json and pictures are in %s", psfm_table(scores), output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
