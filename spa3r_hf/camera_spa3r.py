@@ -166,3 +166,52 @@ def camera_distances(extrinsics: Tensor) -> tuple[Tensor, Tensor]:
     relative = rotations.unsqueeze(-3).mT @ rotations.unsqueeze(-4)
     cosines = (relative.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
     return torch.cdist(centres, centres), cosines.clamp(-1, 1).acos()
+
+
+def rotation_to_quaternion(rotation: Tensor) -> Tensor:
+    """Unit quaternions (..., 4) in the order x y z w, with w >= 0, of rotation matrices (..., 3, 3)."""
+    r = rotation
+    trace = r.diagonal(dim1=-2, dim2=-1)
+    # Of the four ways to read a quaternion off a matrix, the one with the largest component is never a division by 0.
+    squares = torch.stack(
+        (
+            1 + trace[..., 0] - trace[..., 1] - trace[..., 2],
+            1 - trace[..., 0] + trace[..., 1] - trace[..., 2],
+            1 - trace[..., 0] - trace[..., 1] + trace[..., 2],
+            1 + trace.sum(-1),
+        ),
+        dim=-1,
+    )
+    xy, xz, yz = r[..., 0, 1] + r[..., 1, 0], r[..., 0, 2] + r[..., 2, 0], r[..., 1, 2] + r[..., 2, 1]
+    xw, yw, zw = r[..., 2, 1] - r[..., 1, 2], r[..., 0, 2] - r[..., 2, 0], r[..., 1, 0] - r[..., 0, 1]
+    x2, y2, z2, w2 = squares.unbind(-1)
+    rows = (x2, xy, xz, xw, xy, y2, yz, yw, xz, yz, z2, zw, xw, yw, zw, w2)
+    candidates = torch.stack(rows, dim=-1).unflatten(-1, (4, 4))
+    best = squares.argmax(-1)[..., None, None]
+    quaternion = F.normalize(torch.take_along_dim(candidates, best, dim=-2)[..., 0, :], dim=-1)
+    return torch.where(quaternion[..., 3:] < 0, -quaternion, quaternion)
+
+
+def cameras_to_pose_encoding(extrinsics: Tensor, intrinsics: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """
+    The inverse of `pose_encoding_to_cameras`: extrinsics (..., 3, 4) and intrinsics (..., 3, 3) -> (..., 9). The
+    principal point is taken to be in the middle of the image.
+    """
+    height, width = image_size
+    size = intrinsics.new_tensor([height, width])
+    focal = intrinsics[..., (1, 0), (1, 0)]
+    fields_of_view = 2 * torch.atan(size / (2 * focal))
+    quaternion = rotation_to_quaternion(extrinsics[..., :3, :3])
+    return torch.cat((extrinsics[..., :3, 3], quaternion, fields_of_view), dim=-1)
+
+
+def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
+    """
+    Points (..., H, W, 3) in the world frame of pixels with depth (..., H, W) along the optical axis, for extrinsics
+    (..., 3, 4) and intrinsics (..., 3, 3).
+    """
+    rays = camera_rays(intrinsics, depth.shape[-2:], patch_size=1).unflatten(-2, depth.shape[-2:])
+    points = rays / rays[..., 2:] * depth[..., None]
+    world_from_camera = invert_rigid(to_homogeneous(extrinsics))
+    rotation, translation = world_from_camera[..., :3, :3], world_from_camera[..., :3, 3]
+    return points @ rotation.mT[..., None, :, :] + translation[..., None, None, :]

@@ -52,3 +52,18 @@ def save_trained(model: PreTrainedModel, folder: str | os.PathLike, frozen_folde
         "weight_map": {key: TRAINED_NAME if key in trained else frozen_name for key in sorted(state_dict)},
     }
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def last_checkpoint(folder: str | os.PathLike) -> Path:
+    """
+    The `checkpoint-<step>` of the highest step, passing over one whose writing was cut short.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    # The Trainer writes its state last.
+    states = [path for path in Path(folder).glob("checkpoint-[0-9]*/trainer_state.json") if path.stat().st_size]
+    steps = {int(path.parent.name.removeprefix("checkpoint-")): path.parent for path in states}
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no checkpoint to resume from; expected {folder}/checkpoint-<step>")
+    return steps[max(steps)]

@@ -236,7 +236,10 @@ class Spa3RMLP(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, out_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states)))
+        hidden_states = self.fc1(hidden_states)
+        # These are the widest tensors of a model. Where no gradient needs what went in, one of them is enough.
+        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
+        return self.fc2(gelu(hidden_states))
 
 
 class Spa3RLayerScale(nn.Module):

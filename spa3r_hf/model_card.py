@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CITATION = """@article{jiang2026spa3r,
   title   = {Spa3R: Predictive Spatial Field Modeling for 3D Visual Reasoning},
-  author  = {Jiang, Haoyi and Liu, Liu and Wang, Xinjie and He, Yonghao and Sui, Wei and Su, Zhizhong and Liu, Wenyu and
-             Wang, Xinggang},
+  author  = {Jiang, Haoyi and Liu, Liu and Wang, Xinjie and He, Yonghao and Sui, Wei and Su, Zhizhong and Liu, Wenyu
+             and Wang, Xinggang},
   journal = {arXiv preprint arXiv:2602.21186},
   year    = {2026}
 }"""
@@ -84,7 +84,7 @@ def write_psfm_card(folder: Path, scores: Mapping[str, Any], run: Mapping[str, A
         eval_results=results,
     )
     notes = "".join(f"\n> {note}\n" for note in run["notes"])
-    bad_samples = "".join(f"- left out: {message}\n" for message in run["bad_samples"])
+    bad_samples = "".join(f"\n- left out {times} times: {message}" for message, times in run["bad_samples"].items())
     facts = {
         "data": dataset,
         "scenes (training / held out)": f"{run['num_train_scenes']} / {scores['num_scenes']}",
@@ -133,8 +133,8 @@ set's mean feature off first.
 ## Training
 
 {markdown_table(["", "this run"], [[key, value] for key, value in facts.items()])}
-
 {bad_samples}
+
 ## Licence
 
 The code and the weights trained here are MIT. Frozen parts made from VGGT or DINOv3 weights keep the licences of those

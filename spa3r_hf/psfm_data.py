@@ -167,8 +167,7 @@ def collate_scenes(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Bad samples make the batch smaller, nothing takes their place. Their messages are the list `bad_samples`, which the
     trainer has to take out, count and log before the model sees the batch. A batch of bad samples only has no other
-    key. On several processes such a batch must still take part in the backward pass, else the others wait for ever:
-    its loss is 0 times the sum of the trained parameters.
+    key; see `PSFMTrainer.compute_loss` for what becomes of it.
 
     Returns:
         `pixel_values` (B, V, 3, H, W), `view_mask` (B, V), when the scenes have cameras `extrinsics` (B, V, 3, 4) and

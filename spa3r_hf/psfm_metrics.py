@@ -24,7 +24,7 @@ def mean_features(model: Spa3RForPreTraining, batches: Iterable[Mapping[str, Ten
     for batch in batches:
         output = model(**batch)
         for kind in KINDS:
-            target = output[f"{kind}_target"]
+            target = getattr(output, f"{kind}_target")
             if target is not None:
                 count_here = target.shape[:-1].numel()
                 sums[kind] = sums.get(kind, 0) + target.double().flatten(0, -2).sum(0)
@@ -39,7 +39,8 @@ def nearest_context_view(extrinsics: Tensor, view_mask: Tensor) -> Tensor:
     Near means a small distance between the centres plus a small angle, each over its mean in the scene.
     """
     distances, angles = camera_distances(extrinsics)
-    apart = sum(d / d.mean((-2, -1), keepdim=True).clamp_min(1e-8) for d in (distances, angles))
+    distances, angles = (d / d.mean((-2, -1), keepdim=True).clamp_min(1e-8) for d in (distances, angles))
+    apart = distances + angles
     return apart.masked_fill(view_mask[:, None, :], math.inf).argmin(-1)
 
 
@@ -59,8 +60,8 @@ def evaluate_psfm(
     Returns:
         For each kind of feature that the model predicts, averaged over all patches of all target views:
         `{kind}_cosine`, `{kind}_centred_cosine` (after `means` is taken off both: the features share a large common
-        part, which saturates the plain cosine) in [-1, 1], and `{kind}_l1` (smooth L1); `depth_abs_rel` where the depth
-        probe is on; `loss`; the same for each of `baselines`: `mean`, `nearest_context` and `other_scene`;
+        part, which saturates the plain cosine) in [-1, 1], and `{kind}_l1` (smooth L1); `depth_abs_rel` where the
+        depth probe is on; `loss`; the same for each of `baselines`: `mean`, `nearest_context` and `other_scene`;
         `camera_distance` between target and nearest context view, in scene units and degrees; `num_scenes`,
         `num_target_views`.
     """
@@ -84,12 +85,12 @@ def evaluate_psfm(
             collected.append(values.gather(-1, nearest[..., None])[..., 0][mask])
         predictions: dict[str, Mapping[str, Tensor]] = {"model": output}
         if len(mask) > 1:
-            image_size = tuple(batch["pixel_values"].shape[-2:])
-            others = model.decode(output.latents.roll(1, 0), output.extrinsics, output.intrinsics, image_size)
+            height, width = batch["pixel_values"].shape[-2:]
+            others = model.decode(output.latents.roll(1, 0), output.extrinsics, output.intrinsics, (height, width))
             predictions["other_scene"] = others
 
         for kind in KINDS:
-            target = output[f"{kind}_target"]
+            target = getattr(output, f"{kind}_target")
             if target is None:
                 continue
             guesses = {name: prediction[f"{kind}_prediction"] for name, prediction in predictions.items()}

@@ -27,7 +27,7 @@ def draw_predictions(
     distances, angles = camera_distances(output.extrinsics)
     nearest = nearest_context_view(output.extrinsics, output.view_mask)[..., None]
     apart = torch.cat((distances.gather(-1, nearest), angles.rad2deg().gather(-1, nearest)), dim=-1)
-    kinds = [kind for kind in ("geometric", "semantic") if output[f"{kind}_target"] is not None]
+    kinds = [kind for kind in ("geometric", "semantic") if getattr(output, f"{kind}_target") is not None]
 
     def maps(name: str, scene: int) -> dict[str, Any]:
         return {
@@ -65,6 +65,8 @@ def write_psfm_report(
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     write_psfm_card(folder, scores, run)
     pictures = folder / "pictures"
+    for old in pictures.glob("scene_*.png"):
+        old.unlink()
     drawn = 0
     for batch in batches[:2]:
         drawn += len(draw_predictions(model, batch, pictures, first=drawn))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from .errors import BadSampleError
 from .image_processing_spa3r import to_rgb
@@ -133,7 +133,9 @@ class LazyImages(Sequence[Image.Image]):
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 return to_rgb(image, name)
         except (OSError, Image.DecompressionBombError) as error:
-            raise BadSampleError(f"{name} cannot be opened: {error}; expected a picture") from error
+            # Pillow would name the address of a file in memory: another one each time.
+            reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+            raise BadSampleError(f"{name} cannot be opened: {reason}; expected a picture") from error
         except ValueError as error:
             raise BadSampleError(str(error)) from error
 
@@ -241,9 +243,10 @@ class StreamedScenes:
         self.dataset = _keep_encoded(dataset, column)
         self._open = _RowToScene(column, frame_step, use_cameras)
 
-    def split(self, num_scenes: int) -> "tuple[list[Scene], StreamedScenes]":
-        """The first so many scenes, and the stream of all others."""
-        first = [self._open(row, index) for index, row in enumerate(self.dataset.take(num_scenes))]
+    def split(self, num_scenes: int) -> "tuple[list[Callable[[], Scene]], StreamedScenes]":
+        """Functions that open the first so many scenes, and the stream of all others."""
+        rows = enumerate(self.dataset.take(num_scenes))
+        first: list[Callable[[], Scene]] = [partial(self._open, row, index) for index, row in rows]
         rest = copy.copy(self)
         rest.dataset = self.dataset.skip(num_scenes)
         return first, rest

@@ -13,6 +13,8 @@ A YAML or JSON file of arguments may come first; flags override it.
 import json
 import logging
 import os
+import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,17 +24,18 @@ from typing import Any, Literal
 import torch
 import transformers
 import yaml
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, AutoModel, HfArgumentParser, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 import spa3r_hf
 from spa3r_hf import Spa3RConfig, Spa3RForPreTraining, Spa3RImageProcessor
+from spa3r_hf.checkpoint_spa3r import last_checkpoint
 from spa3r_hf.model_card import psfm_table
 from spa3r_hf.psfm_data import PSFMBatchSampler, PSFMDataset, StreamingPSFMDataset
 from spa3r_hf.psfm_report import write_psfm_report
 from spa3r_hf.psfm_splits import PSFMSplit, batches_of, split_scenes
 from spa3r_hf.psfm_trainer import PSFMTrainer
-from spa3r_hf.scenes import StreamedScenes, open_scenes
+from spa3r_hf.scenes import SceneDataset, StreamedScenes, open_scenes
 from spa3r_hf.scenes_rooms import RoomScenes
 
 
@@ -111,24 +114,41 @@ class PSFMTrainingArguments(TrainingArguments):
     logging_steps: float = 25
     report_to: None | str | list[str] = "none"
     seed: int = 0
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint to go on from; 'last': the last one in output_dir."}
+    )
+    hub_strategy: str = "end"
+    ddp_find_unused_parameters: bool | None = False  # all that are trained are used
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PSFMTrainingArguments]:
-    parser = HfArgumentParser((ModelArguments, DataArguments, PSFMTrainingArguments))
+    kinds: Any = (ModelArguments, DataArguments, PSFMTrainingArguments)
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        recipe = yaml.safe_load(Path(argv[0]).read_text())
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(recipe) - known)
+        read = json.loads if argv[0].endswith(".json") else yaml.safe_load
+        recipe = read(Path(argv[0]).read_text())
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{argv[0]} holds {recipe!r}; expected names of arguments and their values")
+        unknown = sorted(recipe.keys() - {action.dest for action in parser._actions})
         if unknown:
             raise ValueError(f"{argv[0]} has unknown arguments {unknown}; see --help for those that exist")
-        parser.set_defaults(**recipe)
-        argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)
+        # As flags they are checked as flags are; those that follow override them.
+        flags = [flag for name, value in recipe.items() if value is not None for flag in _to_flags(name, value)]
+        argv = flags + argv[1:]
+    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
+
+
+def _to_flags(name: str, value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name}", *(value if isinstance(value, str) else json.dumps(value) for value in values)]
 
 
 def build_model(args: ModelArguments) -> tuple[Spa3RForPreTraining, bool]:
     """The model, and whether its backbone has weights that mean something."""
     if args.model_name_or_path:
+        for name in ("config_overrides", "backbone_name_or_path", "semantic_name_or_path"):
+            if getattr(args, name):
+                raise ValueError(f"{name} is for a new model; expected either it or model_name_or_path")
         model = Spa3RForPreTraining.from_pretrained(
             args.model_name_or_path, attn_implementation=args.attn_implementation
         )
@@ -136,14 +156,14 @@ def build_model(args: ModelArguments) -> tuple[Spa3RForPreTraining, bool]:
     config = AutoConfig.from_pretrained(args.config_name)
     if not isinstance(config, Spa3RConfig):
         raise ValueError(f"config_name = {args.config_name} is a {config.model_type!r}; expected 'spa3r'")
-    overrides = args.config_overrides or {}
-    overrides = json.loads(overrides) if isinstance(overrides, str) else overrides
     settings = config.to_dict()
     for name in ("backbone", "semantic"):
         if path := getattr(args, f"{name}_name_or_path"):
             settings[f"{name}_config"] = AutoConfig.from_pretrained(path).to_dict()
-    config = Spa3RConfig(**(settings | overrides), attn_implementation=args.attn_implementation)
-    model = Spa3RForPreTraining(config)
+    for name, value in json.loads(args.config_overrides or "{}").items():
+        settings[name] = settings[name] | value if isinstance(value, dict) and name in settings else value
+    settings["attn_implementation"] = args.attn_implementation
+    model = Spa3RForPreTraining(Spa3RConfig(**settings))
     if args.backbone_name_or_path:
         backbone = AutoModel.from_pretrained(args.backbone_name_or_path)
         model.spa3r.backbone.load_state_dict(backbone.state_dict())
@@ -153,16 +173,17 @@ def build_model(args: ModelArguments) -> tuple[Spa3RForPreTraining, bool]:
 
 
 def build_processor(model_args: ModelArguments, data_args: DataArguments) -> Spa3RImageProcessor:
-    options = {} if data_args.image_size is None else {"size": data_args.image_size}
-    return AutoImageProcessor.from_pretrained(model_args.model_name_or_path or model_args.config_name, **options)
+    options: dict[str, Any] = {} if data_args.image_size is None else {"size": data_args.image_size}
+    return Spa3RImageProcessor.from_pretrained(model_args.model_name_or_path or model_args.config_name, **options)
 
 
 def build_split(
     args: DataArguments, processor: Spa3RImageProcessor, config: Spa3RConfig, use_cameras: bool
 ) -> tuple[PSFMSplit, str]:
     """What to train on and what to evaluate on, and its name."""
+    scenes: SceneDataset | StreamedScenes
     held_out = None
-    options: dict = {"use_cameras": use_cameras}
+    options: dict[str, Any] = {"use_cameras": use_cameras}
     if args.frame_step:
         options["frame_step"] = tuple(args.frame_step)
     if args.data_dir is None:
@@ -181,10 +202,20 @@ def build_split(
         held_out=held_out,
         num_held_out=args.eval_scenes,
         num_views=args.eval_views,
+        min_views=args.min_views,
         mask_ratio=config.mask_ratio,
         on_bad_sample=args.on_bad_sample,
     )
     return split, name
+
+
+def shown_command(argv: list[str], num_processes: int) -> str:
+    """The command for the model card, without secrets."""
+    launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
+    words = [re.sub(r"([_-]token=).*", r"\1...", word) for word in argv]
+    after_name = [before.endswith(("_token", "-token")) for before in ["", *argv[:-1]]]
+    words = ["..." if hidden else word for hidden, word in zip(after_name, words, strict=True)]
+    return shlex.join([*launcher, "training/run_psfm.py", *words])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -192,14 +223,25 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
+    disable_progress_bar()  # of loading and saving; training keeps its own
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs; expected torchrun --nproc_per_node {args.n_gpu}, or one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
     set_seed(args.seed)
     started = time.monotonic()
-    output_dir = Path(args.output_dir)
+    output_dir = Path(str(args.output_dir))
     resume = args.resume_from_checkpoint
     if resume == "last":
-        resume = get_last_checkpoint(args.output_dir) if output_dir.is_dir() else None
-        if resume is None:
-            raise FileNotFoundError(f"{output_dir} holds no checkpoint to resume from; expected checkpoint-<step>")
+        resume = str(last_checkpoint(output_dir))
+    old = sorted(path.name for path in output_dir.glob("checkpoint-*"))
+    if old and not resume:
+        # They would be mixed up with those of this run, and lose their frozen weights.
+        raise FileExistsError(
+            f"{output_dir} holds the checkpoints of another run, {old}; expected --resume_from_checkpoint last, or "
+            "another --output_dir"
+        )
 
     model, backbone_is_trained = build_model(model_args)
     processor = build_processor(model_args, data_args)
@@ -216,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         notes.append(
             "Cameras are taken from the data, since a random camera head knows none."
             if split.has_cameras
-            else "The data have no cameras, and a random camera head knows none: predictions cannot tell views apart."
+            else "No cameras come from the data, and a random camera head knows none: views cannot be told apart."
         )
     for note in notes:
         logger.info(note)
@@ -225,25 +267,25 @@ def main(argv: list[str] | None = None) -> None:
     if split.smallest_scene is not None and split.smallest_scene < max_views:
         max_views = split.smallest_scene
         logger.info("samples have at most %d views: the smallest scene has no more", max_views)
-    batching = {
+    batching: dict[str, Any] = {
         "images_per_batch": data_args.images_per_batch,
         "views": (data_args.min_views, max_views),
         "batches_per_step": args.gradient_accumulation_steps * args.world_size,
-        "seed": args.seed,
     }
-    sampling = {
+    sampling: dict[str, Any] = {
         "seed": args.seed,
         "mask_ratio": model.config.mask_ratio,
         "on_bad_sample": data_args.on_bad_sample,
     }
     batch_sampler = None
+    train_dataset: PSFMDataset | StreamingPSFMDataset
     if isinstance(split.train, StreamedScenes):
         train_dataset = StreamingPSFMDataset(split.train, processor, **batching, **sampling)
     else:
         train_dataset = PSFMDataset(split.train, processor, **sampling)
         # A handful of scenes gives many samples: an epoch then goes through them several times.
         repeats = max(1, 256 // len(split.train))
-        batch_sampler = PSFMBatchSampler(repeats * len(split.train), **batching)
+        batch_sampler = PSFMBatchSampler(repeats * len(split.train), seed=args.seed, **batching)
 
     eval_batches = batches_of(split.eval_samples)
     trainer = PSFMTrainer(
@@ -255,28 +297,28 @@ def main(argv: list[str] | None = None) -> None:
         batch_sampler=batch_sampler,
         processing_class=processor,
     )
-    trainer.bad_samples += split.bad_samples
     trainer.train(resume_from_checkpoint=resume)
+    trainer.bad_samples.update(split.bad_samples)
     scores = trainer.score()
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
 
     run = {
-        "name": output_dir.resolve().name,
-        "command": " ".join(["python", "training/run_psfm.py", *(sys.argv[1:] if argv is None else argv)]),
+        "name": trainer.hub_model_id or output_dir.resolve().name,
+        "command": shown_command(sys.argv[1:] if argv is None else argv, args.world_size),
         "data": name,
         "held_out": split.held_out,
-        "num_train_scenes": "a stream" if batch_sampler is None else len(split.train),
+        "num_train_scenes": "a stream" if isinstance(split.train, StreamedScenes) else len(split.train),
         "cameras": "from the data" if split.has_cameras else "from the backbone's camera head",
         "notes": notes,
-        "bad_samples": trainer.bad_samples,
+        "bad_samples": dict(trainer.bad_samples.most_common()),
         "steps": trainer.state.global_step,
         "seed": args.seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         "seconds": round(time.monotonic() - started, 1),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "hardware": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores",
         "processes": args.world_size,
         "versions": {
             "spa3r_hf": spa3r_hf.__version__,
@@ -288,7 +330,8 @@ def main(argv: list[str] | None = None) -> None:
     prepared = [trainer._prepare_inputs(batch) for batch in eval_batches[:2]]
     write_psfm_report(output_dir, model, prepared, scores, trainer.state.log_history, run)
     if trainer.bad_samples:
-        logger.warning("%d bad samples were left out:\n%s", len(trainer.bad_samples), "\n".join(trainer.bad_samples))
+        messages = "\n".join(f"{times} x {message}" for message, times in trainer.bad_samples.most_common())
+        logger.warning("%d bad samples were left out:\n%s", trainer.bad_samples.total(), messages)
     logger.info("\n%s\n\nmodel, card, eval.json and pictures are in %s", psfm_table(scores), output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
