@@ -210,7 +210,8 @@ def unproject(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Tensor:
     Points (..., H, W, 3) in the world frame of pixels with depth (..., H, W) along the optical axis, for extrinsics
     (..., 3, 4) and intrinsics (..., 3, 3).
     """
-    rays = camera_rays(intrinsics, depth.shape[-2:], patch_size=1).unflatten(-2, depth.shape[-2:])
+    height, width = depth.shape[-2:]
+    rays = camera_rays(intrinsics, (height, width), patch_size=1).unflatten(-2, (height, width))
     points = rays / rays[..., 2:] * depth[..., None]
     world_from_camera = invert_rigid(to_homogeneous(extrinsics))
     rotation, translation = world_from_camera[..., :3, :3], world_from_camera[..., :3, 3]

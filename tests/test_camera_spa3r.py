@@ -6,6 +6,7 @@ from tiny_models import some_cameras
 
 from spa3r_hf.camera_spa3r import (
     camera_rays,
+    cameras_to_pose_encoding,
     check_cameras,
     invert_rigid,
     plucker_rays,
@@ -14,6 +15,7 @@ from spa3r_hf.camera_spa3r import (
     quaternion_to_rotation,
     relative_to_first_view,
     to_homogeneous,
+    unproject,
 )
 
 
@@ -109,3 +111,32 @@ def test_numbers_that_are_not_finite_name_the_view(where):
     cameras[where][1, 2, 0, 2] = torch.nan
     with pytest.raises(ValueError, match="camera of scene 1, view 2 has numbers that are not finite.*expected"):
         check_cameras(**cameras, views=(2, 4))
+
+
+def test_pose_encodings_come_back():
+    generator = torch.Generator().manual_seed(0)
+    quaternion = torch.nn.functional.normalize(torch.randn(200, 4, generator=generator), dim=-1)
+    # Half turns, where the usual formula divides by zero.
+    half_turns = torch.eye(4)
+    quaternion = torch.cat((quaternion, half_turns))
+    encoding = torch.cat(
+        (torch.randn(204, 3, generator=generator), quaternion, 0.5 + torch.rand(204, 2, generator=generator)), dim=-1
+    )
+    extrinsics, intrinsics = pose_encoding_to_cameras(encoding, (28, 42))
+    again = cameras_to_pose_encoding(extrinsics, intrinsics, (28, 42))
+    assert (again[:, 6] >= 0).all()
+    close(pose_encoding_to_cameras(again, (28, 42))[0], extrinsics, 1e-5)
+    close(again[:, 7:], encoding[:, 7:], 1e-5)
+
+
+def test_unprojected_points_are_seen_where_they_came_from():
+    extrinsics, intrinsics = some_cameras()
+    depth = 1 + torch.rand(2, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    points = unproject(depth, extrinsics, intrinsics)
+    assert points.shape == (2, 4, 5, 6, 3)
+    in_camera = points.flatten(2, 3) @ extrinsics[..., :3].mT + extrinsics[..., None, :, 3]
+    close(in_camera[..., 2], depth.flatten(2), 1e-4)
+    pixels = in_camera @ intrinsics.mT
+    pixels = (pixels[..., :2] / pixels[..., 2:]).unflatten(2, (5, 6))
+    close(pixels[..., 0], (torch.arange(6) + 0.5).expand(2, 4, 5, 6), 1e-3)
+    close(pixels[..., 1], (torch.arange(5) + 0.5)[:, None].expand(2, 4, 5, 6), 1e-3)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def build_model(size: str, device: str, dtype: torch.dtype) -> Spa3RForPreTraini
     torch.manual_seed(0)
     with torch.device(device):
         model = Spa3RForPreTraining(Spa3RConfig(**{**settings, "backbone_config": backbone, "depth_probe": True}))
-    return model.to(dtype)
+    return model.to(dtype=dtype)
 
 
 def synchronize(device: str) -> None:
@@ -211,7 +211,7 @@ def bench_training(
         nonlocal num_passes
         num_passes += 1
 
-    def step(mode: str) -> None:
+    def step(mode: Literal["asymmetric", "two_pass"]) -> None:
         model.config.masking_mode = mode
         model(pixels, view_mask=view_mask).loss.backward()
         optimizer.step()
@@ -253,15 +253,14 @@ def table(rows: list[dict[str, Any]], rate: float) -> str:
         "efficiency": ("of matmul rate", lambda row: f"{row['flops'] / row['seconds'] / rate:.0%}"),
     }
     shown = [column for key, column in columns.items() if key in rows[0] or key == "efficiency"]
-    lines = [[title for title, _ in shown], ["---"] * len(shown)]
-    lines += [[text(row) for _, text in shown] for row in rows]
+    lines = [[title for title, _ in shown], ["---"] * len(shown), *([text(row) for _, text in shown] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def ratios(encoding: list[dict[str, Any]], training: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Ours over the other variant: time, memory and FLOPs, for each pair of rows."""
-    pairs = [("encoding", *encoding[i : i + 2]) for i in range(0, len(encoding), 2)]
-    pairs += [("training step", *training)]
+    pairs = [("encoding", encoding[i], encoding[i + 1]) for i in range(0, len(encoding), 2)]
+    pairs.append(("training step", training[0], training[1]))
     return [
         {"what": what, "views": ours["views"]}
         | {key: ours[key] / other[key] for key in ("seconds", "peak_bytes", "flops")}
@@ -306,7 +305,8 @@ def main() -> None:
     print(f"{rate / 1e9:.0f} GFLOP/s, copy {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s\n")
     print(f"Encoding\n\n{table(encoding, rate)}\n")
     print(f"Training step\n\n{table(training, rate)}\n")
-    print("Ours over the other variant\n\n| | views | time | peak extra memory | FLOPs |\n| --- | --- | --- | --- | --- |")
+    print("Ours over the other variant\n\n| what | views | time | peak extra memory | FLOPs |")
+    print("| --- | --- | --- | --- | --- |")
     for row in comparison:
         numbers = (f"{row[key]:.2f}" for key in ("seconds", "peak_bytes", "flops"))
         print(f"| {row['what']} | {row['views']} | {' | '.join(numbers)} |")

@@ -1,0 +1,87 @@
+"""The losses that a VGGT is trained with (arXiv 2503.11651): cameras, depth and points."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .camera_spa3r import cameras_to_pose_encoding, relative_to_first_view, unproject
+from .modeling_spa3r_vggt import Spa3RVGGTOutput
+
+
+# An earlier refinement iteration of the camera head counts this much less than the one after it.
+ITERATION_DISCOUNT = 0.6
+# Weight of the camera loss, and of the log confidence that keeps confidences from shrinking.
+CAMERA_WEIGHT, CONFIDENCE_WEIGHT = 5.0, 0.2
+
+
+@dataclass(frozen=True)
+class SceneGeometry:
+    """
+    True geometry of B scenes in the frames of their first cameras; the unit is the points' mean distance from there.
+
+    Attributes:
+        extrinsics: (B, V, 3, 4), camera <- world.
+        intrinsics: (B, V, 3, 3), pixels.
+        depth: (B, V, H, W), along the optical axis.
+        points: (B, V, H, W, 3).
+    """
+
+    extrinsics: Tensor
+    intrinsics: Tensor
+    depth: Tensor
+    points: Tensor
+
+    @classmethod
+    def from_metric(cls, extrinsics: Tensor, intrinsics: Tensor, depth: Tensor) -> "SceneGeometry":
+        """Extrinsics (B, V, 3, 4) in any world frame and depth (B, V, H, W) in the same units, such as metres."""
+        extrinsics = relative_to_first_view(extrinsics)
+        points = unproject(depth, extrinsics, intrinsics)
+        scale = points.norm(dim=-1).mean((1, 2, 3))[:, None, None, None]
+        translation = extrinsics[..., 3:] / scale
+        return cls(
+            torch.cat((extrinsics[..., :3], translation), dim=-1), intrinsics, depth / scale, points / scale[..., None]
+        )
+
+
+def camera_loss(pose_encodings: tuple[Tensor, ...], geometry: SceneGeometry, image_size: tuple[int, int]) -> Tensor:
+    """Huber loss on the nine numbers of every iteration of the camera head, the later the heavier."""
+    target = cameras_to_pose_encoding(geometry.extrinsics, geometry.intrinsics, image_size)
+    total = target.new_zeros(())
+    for age, pose in enumerate(reversed(pose_encodings)):
+        total = total + ITERATION_DISCOUNT**age * F.smooth_l1_loss(pose, target, beta=0.1)
+    return CAMERA_WEIGHT * total / len(pose_encodings)
+
+
+def dense_loss(prediction: Tensor, confidence: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Confidence-weighted error of maps (B, V, H, W, C), confidence (B, V, H, W) >= 1, and the same of their gradients.
+
+    Returns:
+        Both losses; the first includes the reward for confidence.
+    """
+    error = (prediction - target).norm(dim=-1)
+    difference = prediction - target
+    gradient = (difference[..., 1:, :, :] - difference[..., :-1, :, :]).norm(dim=-1) * confidence[..., 1:, :]
+    sideways = (difference[..., :, 1:, :] - difference[..., :, :-1, :]).norm(dim=-1) * confidence[..., :, 1:]
+    value = (error * confidence - CONFIDENCE_WEIGHT * confidence.log()).mean()
+    return value, gradient.mean() + sideways.mean()
+
+
+def geometry_losses(
+    output: Spa3RVGGTOutput, geometry: SceneGeometry, image_size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """`camera`, `depth`, `depth_gradient`, `points` and `points_gradient`, as far as the output has their maps."""
+    losses = {}
+    if output.pose_encodings is not None:
+        losses["camera"] = camera_loss(output.pose_encodings, geometry, image_size)
+    if output.depth is not None and output.depth_confidence is not None:
+        losses["depth"], losses["depth_gradient"] = dense_loss(
+            output.depth, output.depth_confidence, geometry.depth[..., None]
+        )
+    if output.points is not None and output.points_confidence is not None:
+        losses["points"], losses["points_gradient"] = dense_loss(
+            output.points, output.points_confidence, geometry.points
+        )
+    return losses

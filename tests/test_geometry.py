@@ -1,0 +1,126 @@
+"""Training of the geometry backbone: losses, scores, data and the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spa3r_hf.camera_spa3r import cameras_to_pose_encoding, quaternion_to_rotation
+from spa3r_hf.geometry_losses import CONFIDENCE_WEIGHT, SceneGeometry, dense_loss, geometry_losses
+from spa3r_hf.geometry_metrics import area_under_curve, relative_pose_errors
+from spa3r_hf.modeling_spa3r_vggt import Spa3RVGGTModel, Spa3RVGGTOutput
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def batch():
+    pytest.importorskip("embreex")
+    from spa3r_hf.geometry_data import RoomGeometryDataset
+
+    rooms = RoomGeometryDataset(range(2), image_size=(28, 42), walk_length=8)
+    samples = [rooms[0, index, 3] for index in range(2)]
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def geometry_of(batch) -> SceneGeometry:
+    return SceneGeometry.from_metric(batch["extrinsics"], batch["intrinsics"], batch["depth"])
+
+
+def test_geometry_is_in_the_first_camera_and_of_unit_distance(batch):
+    geometry = geometry_of(batch)
+    torch.testing.assert_close(geometry.extrinsics[:, 0], torch.eye(4)[:3].expand(2, 3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(geometry.points.norm(dim=-1).mean((1, 2, 3)), torch.ones(2))
+    # Other units and another world frame make no difference.
+    rotation = quaternion_to_rotation(torch.tensor([0.1, -0.4, 0.3, 0.8]))
+    extrinsics = torch.cat((batch["extrinsics"][..., :3] @ rotation, batch["extrinsics"][..., 3:]), dim=-1)
+    extrinsics[..., 3] *= 100
+    other = SceneGeometry.from_metric(extrinsics, batch["intrinsics"], 100 * batch["depth"])
+    for name in ("extrinsics", "depth", "points"):
+        torch.testing.assert_close(getattr(other, name), getattr(geometry, name), atol=1e-4, rtol=1e-4)
+
+
+def test_a_perfect_prediction_loses_nothing_and_a_worse_one_more(batch):
+    geometry = geometry_of(batch)
+    pose = cameras_to_pose_encoding(geometry.extrinsics, geometry.intrinsics, (28, 42))
+    ones = torch.ones_like(geometry.depth)
+
+    def losses(noise: float):
+        generator = torch.Generator().manual_seed(0)
+
+        def noisy(values):
+            return values + noise * torch.randn(values.shape, generator=generator)
+
+        output = Spa3RVGGTOutput(
+            pose_encodings=(noisy(pose), noisy(pose)),
+            depth=noisy(geometry.depth[..., None]),
+            depth_confidence=ones,
+            points=noisy(geometry.points),
+            points_confidence=ones,
+        )
+        return geometry_losses(output, geometry, (28, 42))
+
+    perfect, near, far = losses(0), losses(0.01), losses(0.1)
+    assert set(perfect) == {"camera", "depth", "depth_gradient", "points", "points_gradient"}
+    for name in perfect:
+        assert perfect[name] == pytest.approx(0, abs=1e-6) and near[name] < far[name], name
+
+
+def test_confidence_pays_where_the_error_is_below_its_weight():
+    target = torch.zeros(1, 1, 4, 4, 1)
+    confidence = torch.full((1, 1, 4, 4), 3.0, requires_grad=True)
+    for error, sign in ((CONFIDENCE_WEIGHT / 3 / 2, -1), (CONFIDENCE_WEIGHT / 3 * 2, 1)):
+        value, _ = dense_loss(target + error, confidence, target)
+        (gradient,) = torch.autograd.grad(value, confidence)
+        assert (gradient.sign() == sign).all()
+
+
+def test_relative_pose_errors_of_known_turns(batch):
+    truth = geometry_of(batch).extrinsics
+    rotation, translation, baseline = relative_pose_errors(truth, truth)
+    assert rotation.shape == (2, 3) and rotation.max() < 0.1
+    assert translation[baseline > 0.05].max() < 0.5
+    angle = torch.tensor(20.0).deg2rad()
+    turn = quaternion_to_rotation(torch.stack((angle * 0, angle * 0, (angle / 2).sin(), (angle / 2).cos())))
+    turned = truth.clone()
+    turned[:, 2] = turn @ truth[:, 2]  # the third camera rolls by 20 degrees: pairs (0, 2) and (1, 2) are off by that
+    rotation, _, _ = relative_pose_errors(turned, truth)
+    torch.testing.assert_close(rotation, torch.tensor([[0.0, 20.0, 20.0]] * 2), atol=0.1, rtol=0)
+
+
+def test_area_under_curve_is_the_mean_share_below_whole_degrees():
+    assert area_under_curve(torch.tensor([0.5, 40.0])) == pytest.approx(0.5)
+    assert area_under_curve(torch.tensor([14.5])) == pytest.approx(16 / 30)
+
+
+def test_run_geometry_resumes_and_its_backbone_loads(tmp_path):
+    pytest.importorskip("embreex")
+    config = {
+        **{"model_type": "spa3r_vggt", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"intermediate_size": 32, "image_size": 28, "patch_embedding": "conv", "camera_num_attention_heads": 2},
+        **{"camera_num_hidden_layers": 1, "dpt_hidden_size": 8, "dpt_out_channels": [8, 8, 8, 8]},
+        "dpt_layers": [0, 0, 1, 1],
+    }
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config))
+
+    def run(folder: str, steps: int, *more: str) -> None:
+        command = [sys.executable, "training/run_geometry.py", "--config_name", str(tmp_path / "config")]
+        command += ["--max_steps", str(steps), "--num_rooms", "3", "--num_eval_rooms", "2", "--images_per_batch", "8"]
+        command += ["--eval_views", "2", "--save_steps", "2", "--lr_scheduler_type", "constant", "--use_cpu"]
+        command += ["--dataloader_num_workers", "0", "--output_dir", str(tmp_path / folder), *more]
+        lr_scheduler_kwargs = ["--lr_scheduler_kwargs", "{}"]
+        subprocess.run(command + lr_scheduler_kwargs, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+
+    run("whole", 4)
+    run("parts", 2)
+    run("parts", 4, "--resume_from_checkpoint", "last")
+    whole, parts = (Spa3RVGGTModel.from_pretrained(tmp_path / folder).state_dict() for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    scores = json.loads((tmp_path / "whole" / "eval.json").read_text())["2_views"]
+    assert scores["model"].keys() == scores["baseline"].keys() >= {"auc_30", "depth_abs_rel", "point_error"}
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["steps"] == 4
