@@ -101,7 +101,8 @@ def score_table(scores: dict[str, dict[str, dict[str, float]]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser([GeometryArguments, GeometryTrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
+    kinds: Any = (GeometryArguments, GeometryTrainingArguments)
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
     data_args, args = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     set_seed(args.seed)
