@@ -169,7 +169,7 @@ def test_numbers_and_distances_are_written(monkeypatch):
     texts = written(monkeypatch)
     inputs = scene()
     prediction_sheet(**inputs, distances=[(0.254, 12.4), (1.5, 90.0)], max_error=0.25, title="kitchen")
-    assert {"kitchen", "view 1: 0.25 m, 12° off", "view 3: 1.50 m, 90° off", "0.25 or more"} <= set(texts)
+    assert {"kitchen", "view 1: 0.25 units, 12° off", "view 3: 1.50 units, 90° off", "0.25 or more"} <= set(texts)
     maps = (inputs[name]["geometric"][1] for name in ("predictions", "targets"))
     assert f"mean {cosine_error(*maps).mean():.3f}" in texts
 

@@ -104,7 +104,7 @@ class DataArguments:
 @dataclass
 class PSFMTrainingArguments(TrainingArguments):
     output_dir: str | None = field(default="outputs/psfm", metadata={"help": "Where everything is written."})
-    max_steps: int = 1500
+    max_steps: int = 1000
     learning_rate: float = 2e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
