@@ -213,8 +213,8 @@ def shown_command(argv: list[str], num_processes: int) -> str:
     """The command for the model card, without secrets."""
     launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
     words = [re.sub(r"([_-]token=).*", r"\1...", word) for word in argv]
-    after_name = [before.endswith(("_token", "-token")) for before in ["", *argv[:-1]]]
-    words = ["..." if hidden else word for hidden, word in zip(after_name, words, strict=True)]
+    follows_token = [index > 0 and argv[index - 1].endswith(("_token", "-token")) for index in range(len(argv))]
+    words = ["..." if hidden else word for hidden, word in zip(follows_token, words, strict=True)]
     return shlex.join([*launcher, "training/run_psfm.py", *words])
 
 
