@@ -340,3 +340,19 @@ def test_the_command_on_the_card_holds_no_secret(script):
     command = script.shown_command(argv, 1)
     assert "hf_secret" not in command and command.startswith("python training/run_psfm.py --hub_token ...")
     assert command.endswith("""--config_overrides '{"a": 1}'""")
+
+
+def test_without_arguments(script, tmp_path, monkeypatch):
+    """What a newcomer types first, with fewer steps and rooms."""
+    pytest.importorskip("embreex")
+    monkeypatch.chdir(tmp_path)
+    small = {"max_steps": 2, "num_rooms": 3, "num_eval_rooms": 2, "views_per_room": 13, "eval_views": 4}
+    for arguments in (script.DataArguments, script.PSFMTrainingArguments):
+        for name in small.keys() & arguments.__dataclass_fields__.keys():
+            monkeypatch.setattr(arguments.__dataclass_fields__[name], "default", small[name])
+    script.main([])
+    folder = tmp_path / "outputs" / "psfm"
+    assert json.loads((folder / "run.json").read_text())["command"] == "python training/run_psfm.py"
+    baselines = json.loads((folder / "eval.json").read_text())["baselines"]
+    assert baselines.keys() == {"mean", "nearest_context", "other_scene"}
+    assert {"loss.png", "scores.png", "scene_0.png", "scene_1.png"} <= {path.name for path in folder.glob("pictures/*")}
