@@ -108,13 +108,14 @@ def test_run_geometry_resumes_and_its_backbone_loads(tmp_path):
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text(json.dumps(config))
 
-    def run(folder: str, steps: int, *more: str) -> None:
+    def run(folder: str, steps: int, *more: str, check: bool = True) -> str:
         command = [sys.executable, "training/run_geometry.py", "--config_name", str(tmp_path / "config")]
         command += ["--max_steps", str(steps), "--num_rooms", "3", "--num_eval_rooms", "2", "--images_per_batch", "8"]
         command += ["--eval_views", "2", "--save_steps", "2", "--lr_scheduler_type", "constant", "--use_cpu"]
         command += ["--dataloader_num_workers", "0", "--output_dir", str(tmp_path / folder), *more]
         lr_scheduler_kwargs = ["--lr_scheduler_kwargs", "{}"]
-        subprocess.run(command + lr_scheduler_kwargs, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+        command += lr_scheduler_kwargs
+        return subprocess.run(command, cwd=REPOSITORY, check=check, capture_output=True, text=True).stderr
 
     run("whole", 4)
     run("parts", 2)
@@ -124,3 +125,7 @@ def test_run_geometry_resumes_and_its_backbone_loads(tmp_path):
     scores = json.loads((tmp_path / "whole" / "eval.json").read_text())["2_views"]
     assert scores["model"].keys() == scores["baseline"].keys() >= {"auc_30", "depth_abs_rel", "point_error"}
     assert json.loads((tmp_path / "parts" / "run.json").read_text())["steps"] == 4
+
+    message = run("diverged", 4, "--learning_rate", "1e30", "--save_steps", "1", check=False)
+    assert "FloatingPointError: the loss is nan at step 2" in message and "try a lower learning rate" in message
+    assert (tmp_path / "diverged" / "checkpoint-1").is_dir() and not (tmp_path / "diverged" / "eval.json").exists()
