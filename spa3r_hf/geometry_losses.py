@@ -12,6 +12,10 @@ from .modeling_spa3r_vggt import Spa3RVGGTOutput
 
 # An earlier refinement iteration of the camera head counts this much less than the one after it.
 ITERATION_DISCOUNT = 0.6
+# Translation, quaternion and fields of view in a pose encoding, and their weights as in VGGT's training code.
+CAMERA_PARTS = ((1.0, slice(0, 3)), (1.0, slice(3, 7)), (0.5, slice(7, 9)))
+# Errors beyond this (scene units; quaternion entries; radians) pull no harder than it.
+HUBER_DELTA = 0.05
 # Weight of the camera loss, and of the log confidence that keeps confidences from shrinking.
 CAMERA_WEIGHT, CONFIDENCE_WEIGHT = 5.0, 0.2
 
@@ -46,11 +50,13 @@ class SceneGeometry:
 
 
 def camera_loss(pose_encodings: tuple[Tensor, ...], geometry: SceneGeometry, image_size: tuple[int, int]) -> Tensor:
-    """Huber loss on the nine numbers of every iteration of the camera head, the later the heavier."""
+    """Huber loss on translation, quaternion and fields of view, of every iteration, the later the heavier."""
     target = cameras_to_pose_encoding(geometry.extrinsics, geometry.intrinsics, image_size)
     total = target.new_zeros(())
     for age, pose in enumerate(reversed(pose_encodings)):
-        total = total + ITERATION_DISCOUNT**age * F.smooth_l1_loss(pose, target, beta=0.1)
+        for weight, part in CAMERA_PARTS:
+            error = F.huber_loss(pose[..., part], target[..., part], delta=HUBER_DELTA) / HUBER_DELTA
+            total = total + ITERATION_DISCOUNT**age * weight * error
     return CAMERA_WEIGHT * total / len(pose_encodings)
 
 

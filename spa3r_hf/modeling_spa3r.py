@@ -94,6 +94,29 @@ class Spa3RDecoderOutput(ModelOutput):
 
 
 @dataclass
+class Spa3RTeacherOutput(ModelOutput):
+    r"""
+    context_tokens (`torch.Tensor` of shape `(B, V_context, 1 + registers + N, 2C)`):
+        Last-layer backbone tokens of the context views, which the encoder reads.
+    geometric_target (`torch.Tensor` of shape `(B, V, N, 2C)`), semantic_target (`(B, V, N, semantic width)`),
+    depth_target (`torch.Tensor` of shape `(B, V, N, 1)`):
+        What the frozen teachers say of the views, as far as the config asks for it.
+    view_mask (`torch.Tensor` of shape `(B, V)`):
+        True = target view.
+    extrinsics (`torch.Tensor` of shape `(B, V, 3, 4)`), intrinsics (`torch.Tensor` of shape `(B, V, 3, 3)`):
+        Camera <- world, OpenCV, world = first camera, scene units; pixels.
+    """
+
+    context_tokens: Tensor | None = None
+    geometric_target: Tensor | None = None
+    semantic_target: Tensor | None = None
+    depth_target: Tensor | None = None
+    view_mask: Tensor | None = None
+    extrinsics: Tensor | None = None
+    intrinsics: Tensor | None = None
+
+
+@dataclass
 class Spa3RForPreTrainingOutput(Spa3RDecoderOutput):
     r"""
     loss (`torch.Tensor` of shape `()`):
@@ -381,33 +404,69 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         Raises:
             ValueError: Images, mask or cameras are not as described.
         """
+        teachers = self.teach(pixel_values, view_mask, extrinsics, intrinsics)
+        return self.learn(teachers, image_size_of(pixel_values), **kwargs)
+
+    @torch.no_grad()
+    def teach(
+        self,
+        pixel_values: Tensor,
+        view_mask: Tensor | None = None,
+        extrinsics: Tensor | None = None,
+        intrinsics: Tensor | None = None,
+    ) -> Spa3RTeacherOutput:
+        """What the frozen parts say of a batch, the first half of `forward`, which has the same arguments."""
         check_pixel_values(pixel_values, self.config.backbone_config.patch_size)
         batch_size, num_views = pixel_values.shape[:2]
-        image_size = image_size_of(pixel_values)
         if view_mask is None:
             view_mask = draw_view_mask(batch_size, num_views, self.config.mask_ratio, device=pixel_values.device)
         if (extrinsics is None) != (intrinsics is None):
             raise ValueError("only one of extrinsics and intrinsics is given; expected both or neither")
+        num_context = check_view_mask(view_mask, (batch_size, num_views))
         if extrinsics is not None and intrinsics is not None:
             check_cameras(extrinsics, intrinsics, (batch_size, num_views))
             extrinsics = relative_to_first_view(extrinsics.float())
 
-        teachers = self._teach(pixel_values, view_mask, need_cameras=extrinsics is None)
+        config, backbone = self.config, self.spa3r.backbone
+        context = order_context_first(view_mask)[:, :num_context]
+        asymmetric = config.masking_mode == "asymmetric"
+        views = backbone(
+            pixel_values,
+            view_mask=view_mask if asymmetric else None,
+            output_cameras=extrinsics is None,
+            output_depth=config.depth_probe,
+        )
+        if asymmetric:
+            context_tokens = torch.take_along_dim(views.last_hidden_state, context[..., None, None], dim=1)
+        else:
+            context_pixels = torch.take_along_dim(pixel_values, context[..., None, None, None], dim=1)
+            context_tokens = backbone(context_pixels).last_hidden_state
         if extrinsics is None:
-            extrinsics, intrinsics = teachers["extrinsics"], teachers["intrinsics"]
+            extrinsics, intrinsics = views.extrinsics, views.intrinsics
+
+        answers = Spa3RTeacherOutput(
+            context_tokens=context_tokens, view_mask=view_mask, extrinsics=extrinsics, intrinsics=intrinsics
+        )
+        if self.geometric_head is not None:
+            answers.geometric_target = views.last_hidden_state[:, :, config.backbone_config.num_prefix_tokens :]
+        if self.semantic_head is not None:
+            answers.semantic_target = self.semantic_features(pixel_values)
+        if self.depth_head is not None:
+            grid_size = grid_size_of(pixel_values, config.backbone_config.patch_size)
+            depth = F.interpolate(views.depth.flatten(0, 1).permute(0, 3, 1, 2), size=grid_size, mode="nearest")
+            answers.depth_target = depth.flatten(2).mT.unflatten(0, pixel_values.shape[:2])
+        return answers
+
+    def learn(
+        self, teachers: Spa3RTeacherOutput, image_size: tuple[int, int], **kwargs: Unpack[TransformersKwargs]
+    ) -> Spa3RForPreTrainingOutput:
+        """The trained parts and the loss, the second half of `forward`. Teachers' answers may be kept and reused."""
         latents = self.spa3r.encode(teachers["context_tokens"], image_size, **kwargs)
-        prediction = self._decode(latents, extrinsics, intrinsics, image_size, **kwargs)
-        targets = {key: teachers.get(key) for key in ("geometric_target", "semantic_target", "depth_target")}
-        losses = self._losses(prediction, targets, view_mask)
+        prediction = self._decode(latents, teachers.extrinsics, teachers.intrinsics, image_size, **kwargs)
+        answers = {key: value for key, value in teachers.items() if key != "context_tokens"}
+        losses = self._losses(prediction, teachers)
         return Spa3RForPreTrainingOutput(
-            **prediction,
-            **targets,
-            loss=torch.stack(list(losses.values())).sum(),
-            losses=losses,
-            latents=latents,
-            view_mask=view_mask,
-            extrinsics=extrinsics,
-            intrinsics=intrinsics,
+            **prediction, **answers, loss=torch.stack(list(losses.values())).sum(), losses=losses, latents=latents
         )
 
     def decode(
@@ -450,39 +509,6 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         )
 
     @torch.no_grad()
-    def _teach(self, pixel_values: Tensor, view_mask: Tensor, need_cameras: bool) -> dict[str, Any]:
-        """What the frozen parts say: tokens of the context views, targets of all views, and cameras if needed."""
-        config, backbone = self.config, self.spa3r.backbone
-        num_context = check_view_mask(view_mask, tuple(pixel_values.shape[:2]))
-        context = order_context_first(view_mask)[:, :num_context]
-        asymmetric = config.masking_mode == "asymmetric"
-        views = backbone(
-            pixel_values,
-            view_mask=view_mask if asymmetric else None,
-            output_cameras=need_cameras,
-            output_depth=config.depth_probe,
-        )
-        if asymmetric:
-            context_tokens = torch.take_along_dim(views.last_hidden_state, context[..., None, None], dim=1)
-        else:
-            context_pixels = torch.take_along_dim(pixel_values, context[..., None, None, None], dim=1)
-            context_tokens = backbone(context_pixels).last_hidden_state
-
-        patch_size = config.backbone_config.patch_size
-        grid_size = grid_size_of(pixel_values, patch_size)
-        answers: dict[str, Any] = {"context_tokens": context_tokens}
-        if need_cameras:
-            answers |= {"extrinsics": views.extrinsics, "intrinsics": views.intrinsics}
-        if self.geometric_head is not None:
-            answers["geometric_target"] = views.last_hidden_state[:, :, config.backbone_config.num_prefix_tokens :]
-        if self.semantic_head is not None:
-            answers["semantic_target"] = self.semantic_features(pixel_values)
-        if self.depth_head is not None:
-            depth = F.interpolate(views.depth.flatten(0, 1).permute(0, 3, 1, 2), size=grid_size, mode="nearest")
-            answers["depth_target"] = depth.flatten(2).mT.unflatten(0, pixel_values.shape[:2])
-        return answers
-
-    @torch.no_grad()
     def semantic_features(self, pixel_values: Tensor) -> Tensor:
         """
         Features (B, V, N, semantic width) of views (B, V, 3, H, W), on the grid of the backbone's patches.
@@ -503,21 +529,21 @@ class Spa3RForPreTraining(Spa3RPreTrainedModel):
         maps = F.interpolate(maps, size=grid_size, mode="bilinear", align_corners=False)
         return maps.flatten(2).mT.unflatten(0, pixel_values.shape[:2])
 
-    def _losses(self, prediction: Spa3RDecoderOutput, targets: dict[str, Any], view_mask: Tensor) -> dict[str, Tensor]:
+    def _losses(self, prediction: Spa3RDecoderOutput, teachers: Spa3RTeacherOutput) -> dict[str, Tensor]:
         """The PSFM loss: smooth L1 and cosine distance for each kind of feature; smooth L1 for the depth probe."""
         losses = {}
 
         def chosen(features: Tensor) -> Tensor:
-            return (features[view_mask] if self.config.loss_views == "target" else features).float()
+            return (features[teachers.view_mask] if self.config.loss_views == "target" else features).float()
 
         for kind in ("geometric", "semantic"):
             if getattr(prediction, f"{kind}_prediction") is not None:
-                predicted, target = chosen(prediction[f"{kind}_prediction"]), chosen(targets[f"{kind}_target"])
+                predicted, target = chosen(prediction[f"{kind}_prediction"]), chosen(teachers[f"{kind}_target"])
                 losses[f"{kind}_l1"] = F.smooth_l1_loss(predicted, target)
                 losses[f"{kind}_cosine"] = (1 - F.cosine_similarity(predicted, target, dim=-1)).mean()
         if prediction.depth_prediction is not None:
             losses["depth_probe"] = F.smooth_l1_loss(
-                chosen(prediction.depth_prediction), chosen(targets["depth_target"])
+                chosen(prediction.depth_prediction), chosen(teachers["depth_target"])
             )
         return losses
 
@@ -529,6 +555,7 @@ __all__ = [
     "Spa3RModel",
     "Spa3RModelOutput",
     "Spa3RPreTrainedModel",
+    "Spa3RTeacherOutput",
     "draw_view_mask",
     "num_context_views",
 ]

@@ -1,5 +1,6 @@
 """VGGT (Visual Geometry Grounded Transformer, arXiv 2503.11651), the geometry backbone of Spa3R."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -165,7 +166,9 @@ class Spa3RVGGTDinov2Embedding(nn.Module):
 class Spa3RVGGTPreTrainedModel(PreTrainedModel):
     config: Spa3RVGGTConfig
     config_class = Spa3RVGGTConfig
-    base_model_prefix = "vggt"
+    # What its keys begin with in a checkpoint of `Spa3RForPreTraining`, which it loads from just as well.
+    base_model_prefix = "spa3r.backbone"
+    _keys_to_ignore_on_load_unexpected = [r"^(spa3r\.encoder|decoder|geometric_head|semantic_\w+|depth_head)\."]
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
@@ -184,7 +187,11 @@ class Spa3RVGGTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            else:
+                # By their fan-in: a fixed spread that suits wide convolutions leaves narrow ones next to dead.
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, Spa3RLayerScale):

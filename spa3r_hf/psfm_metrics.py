@@ -124,3 +124,30 @@ def evaluate_psfm(
         "num_scenes": num_scenes,
         "num_target_views": len(distance),
     }
+
+
+@torch.no_grad()
+def unseen_depth(model: Spa3RForPreTraining, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+    """
+    Depth of target views at the patches' centres against the truth, after median scaling of each scene's targets.
+
+    Args:
+        model: In eval mode, with a depth probe.
+        batches: `pixel_values` (B, V, 3, H, W), `view_mask` (B, V) and true `depth` (B, V, H, W).
+
+    Returns:
+        `probe_abs_rel`: of the probe, which has not seen the views; `backbone_abs_rel`: of the backbone, which has.
+    """
+    errors: dict[str, list[Tensor]] = {"probe_abs_rel": [], "backbone_abs_rel": []}
+    for batch in batches:
+        output = model(batch["pixel_values"], view_mask=batch["view_mask"])
+        patch_size = model.config.backbone_config.patch_size
+        rows, columns = (side // patch_size for side in batch["depth"].shape[-2:])
+        # The pixel that the model's own target is read at.
+        true = F.interpolate(batch["depth"], size=(rows, columns), mode="nearest").flatten(2)
+        for name, guess in zip(errors, (output.depth_prediction, output.depth_target), strict=True):
+            for scene, mask in enumerate(batch["view_mask"]):
+                predicted, truth = guess[scene, mask].flatten(), true[scene, mask].flatten()
+                scaled = predicted * truth.median() / predicted.median()
+                errors[name].append(((scaled - truth).abs() / truth).mean())
+    return {name: torch.stack(values).mean().item() for name, values in errors.items()}

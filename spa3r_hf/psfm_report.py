@@ -11,7 +11,11 @@ from .camera_spa3r import camera_distances
 from .model_card import write_psfm_card
 from .modeling_spa3r import Spa3RForPreTraining
 from .psfm_metrics import nearest_context_view
-from .visualization import feature_basis, loss_curve, metrics_chart, prediction_sheet
+from .visualization import feature_basis, loss_curve, metrics_chart, prediction_sheet, save_gif
+from .visualization_geometry import picture_grid
+
+
+_ORBIT = "unseen view, its true features, predicted features"
 
 
 @torch.no_grad()
@@ -50,6 +54,52 @@ def draw_predictions(
         folder.mkdir(parents=True, exist_ok=True)
         sheet.save(paths[-1])
     return paths
+
+
+@torch.no_grad()
+def draw_orbit(model: Spa3RForPreTraining, pictures: torch.Tensor, folder: Path, num_context: int = 4) -> None:
+    """
+    `orbit.gif` and `orbit.png`: a camera moves on between the context views; what it sees, its true features and those
+    predicted from the context alone. Cameras are the backbone's.
+
+    Args:
+        model: In eval mode.
+        pictures: (V, 3, H, W) in [0, 1], neighbouring views of one scene; `num_context` of them, evenly spaced, are
+            context.
+        folder: Where the pictures go.
+    """
+    context = torch.linspace(0, len(pictures) - 1, num_context).round().long().tolist()
+    unseen = [view for view in range(len(pictures)) if view not in context]
+    patch_size = model.config.backbone_config.patch_size
+    grid_size = tuple(side // patch_size for side in pictures.shape[-2:])
+    kinds = list(model.config.targets)
+    maps: dict[str, list[torch.Tensor]] = {f"{kind}_{what}": [] for kind in kinds for what in ("target", "prediction")}
+    for start in range(0, len(unseen), num_context):
+        views = context + unseen[start : start + num_context]
+        view_mask = torch.arange(len(views), device=pictures.device)[None] >= num_context
+        output = model(pictures[None, views], view_mask=view_mask)
+        for name, found in maps.items():
+            found.append(output[name][view_mask].float().unflatten(1, grid_size).cpu())
+    rgb = (255 * pictures[unseen]).round().byte().movedim(1, -1).cpu().numpy()
+    colours = {}
+    for kind in kinds:
+        true, predicted = (torch.cat(maps[f"{kind}_{what}"]).numpy() for what in ("target", "prediction"))
+        basis = feature_basis(true)
+        colours[kind] = [[basis.to_rgb(features) for features in features_of] for features_of in (true, predicted)]
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = [
+        picture_grid({kind: [rgb[view], colours[kind][0][view], colours[kind][1][view]] for kind in kinds}, _ORBIT)
+        for view in range(len(unseen))
+    ]
+    save_gif(frames, folder / "orbit.gif", milliseconds=300)
+    shown = range(0, len(unseen), max(1, len(unseen) // 6))[:6]
+    rows = {"unseen view": [rgb[view] for view in shown]}
+    for kind in kinds:
+        for what, of_views in zip(("true", "predicted"), colours[kind], strict=True):
+            rows[f"{what} {kind}"] = [of_views[view] for view in shown]
+    picture_grid(rows, f"between {num_context} context views; colours: principal components").save(
+        folder / "orbit.png"
+    )
 
 
 def write_psfm_report(

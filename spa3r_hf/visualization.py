@@ -315,7 +315,8 @@ def _figure(width: float, columns: int) -> tuple[Any, Any]:
     return figure, all_axes
 
 
-def _to_image(figure: Any) -> Image.Image:
+def figure_to_image(figure: Any) -> Image.Image:
+    """A matplotlib figure, drawn."""
     canvas = require("matplotlib.backends.backend_agg", extra="train").FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -373,7 +374,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, title: str = "") -> Imag
         all_axes[0].yaxis.set_major_formatter("{x:g}")
     if title:
         figure.suptitle(title)
-    return _to_image(figure)
+    return figure_to_image(figure)
 
 
 def metrics_chart(metrics: Mapping[str, Any], *, title: str = "") -> Image.Image:
@@ -412,7 +413,7 @@ def metrics_chart(metrics: Mapping[str, Any], *, title: str = "") -> Image.Image
     figure.legend(loc="outside lower center", ncols=len(bars), frameon=False)
     if title:
         axes.set_title(title)
-    return _to_image(figure)
+    return figure_to_image(figure)
 
 
 def save_gif(images: Sequence[Image.Image], file: str | PathLike[str] | BinaryIO, milliseconds: int = 200) -> None:

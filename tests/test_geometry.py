@@ -21,8 +21,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def batch():
     pytest.importorskip("embreex")
     from spa3r_hf.geometry_data import RoomGeometryDataset
+    from spa3r_hf.rooms_walks import RoomWalks
 
-    rooms = RoomGeometryDataset(range(2), image_size=(28, 42), walk_length=8)
+    rooms = RoomGeometryDataset(RoomWalks(range(2), num_views=8, image_size=(28, 42)))
     samples = [rooms[0, index, 3] for index in range(2)]
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
@@ -113,6 +114,7 @@ def test_run_geometry_resumes_and_its_backbone_loads(tmp_path):
         command += ["--max_steps", str(steps), "--num_rooms", "3", "--num_eval_rooms", "2", "--images_per_batch", "8"]
         command += ["--eval_views", "2", "--save_steps", "2", "--lr_scheduler_type", "constant", "--use_cpu"]
         command += ["--dataloader_num_workers", "0", "--output_dir", str(tmp_path / folder), *more]
+        command += ["--cache_dir", str(tmp_path / "rooms")]
         lr_scheduler_kwargs = ["--lr_scheduler_kwargs", "{}"]
         command += lr_scheduler_kwargs
         return subprocess.run(command, cwd=REPOSITORY, check=check, capture_output=True, text=True).stderr

@@ -23,6 +23,7 @@ from transformers import AutoModel
 
 from spa3r_hf import Spa3RForPreTraining, Spa3RImageProcessor
 from spa3r_hf.errors import BadSampleError
+from spa3r_hf.run_facts import shown_command
 
 
 pytest.importorskip("accelerate")
@@ -337,7 +338,7 @@ def test_the_command_on_the_card_holds_no_secret(script):
         "--config_overrides",
         '{"a": 1}',
     ]
-    command = script.shown_command(argv, 1)
+    command = shown_command("run_psfm.py", argv, 1)
     assert "hf_secret" not in command and command.startswith("python training/run_psfm.py --hub_token ...")
     assert command.endswith("""--config_overrides '{"a": 1}'""")
 

@@ -1,7 +1,7 @@
 """
 Pre-train Spa3R by Predictive Spatial Field Modeling (PSFM).
 
-With no arguments: the nano configuration on procedural rooms, about ten minutes on two CPU cores.
+With no arguments: the nano model on procedural rooms, with the nano teachers, under ten minutes on two CPU cores.
 
     python training/run_psfm.py
     python training/run_psfm.py --max_steps 20 --num_rooms 8 --num_eval_rooms 4                   # smoke
@@ -12,9 +12,6 @@ A YAML or JSON file of arguments may come first; flags override it.
 
 import json
 import logging
-import os
-import re
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,25 +19,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 import yaml
-from transformers import AutoConfig, AutoModel, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModel, HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-import spa3r_hf
 from spa3r_hf import Spa3RConfig, Spa3RForPreTraining, Spa3RImageProcessor
 from spa3r_hf.checkpoint_spa3r import last_checkpoint
+from spa3r_hf.geometry_data import SPLITS, RoomGeometryDataset, room_batches, split_walks
 from spa3r_hf.model_card import psfm_table
 from spa3r_hf.psfm_data import PSFMBatchSampler, PSFMDataset, StreamingPSFMDataset
-from spa3r_hf.psfm_report import write_psfm_report
+from spa3r_hf.psfm_metrics import unseen_depth
+from spa3r_hf.psfm_report import draw_orbit, write_psfm_report
 from spa3r_hf.psfm_splits import PSFMSplit, batches_of, split_scenes
 from spa3r_hf.psfm_trainer import PSFMTrainer
+from spa3r_hf.run_facts import run_facts
 from spa3r_hf.scenes import SceneDataset, StreamedScenes, open_scenes
 from spa3r_hf.scenes_rooms import RoomScenes
 
 
 logger = logging.getLogger("run_psfm")
 REPOSITORY = Path(__file__).resolve().parent.parent
+ORBIT_VIEWS = 22
 
 
 @dataclass
@@ -56,10 +55,12 @@ class ModelArguments:
         default=None, metadata={"help": "Changes to the configuration, as JSON: '{\"mask_ratio\": 0.25}'."}
     )
     backbone_name_or_path: str | None = field(
-        default=None, metadata={"help": "Weights of the frozen VGGT (Spa3RVGGTModel). None: random weights."}
+        default=None,
+        metadata={"help": "Weights of the frozen VGGT (Spa3RVGGTModel). None: config_name's own, else random ones."},
     )
     semantic_name_or_path: str | None = field(
-        default=None, metadata={"help": "Weights of the frozen DINOv3 (DINOv3ViTModel). None: random weights."}
+        default=None,
+        metadata={"help": "Weights of the frozen DINOv3 (DINOv3ViTModel). None: config_name's own, else random ones."},
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
 
@@ -164,12 +165,30 @@ def build_model(args: ModelArguments) -> tuple[Spa3RForPreTraining, bool]:
         settings[name] = settings[name] | value if isinstance(value, dict) and name in settings else value
     settings["attn_implementation"] = args.attn_implementation
     model = Spa3RForPreTraining(Spa3RConfig(**settings))
-    if args.backbone_name_or_path:
-        backbone = AutoModel.from_pretrained(args.backbone_name_or_path)
-        model.spa3r.backbone.load_state_dict(backbone.state_dict())
-    if args.semantic_name_or_path and model.semantic_teacher is not None:
-        model.semantic_teacher.load_state_dict(AutoModel.from_pretrained(args.semantic_name_or_path).state_dict())
-    return model, bool(args.backbone_name_or_path)
+    teachers = {"backbone": model.spa3r.backbone, "semantic": model.semantic_teacher}
+    own = own_teachers(args.config_name)
+    backbone_is_trained = False
+    for name, teacher in teachers.items():
+        if teacher is None:
+            continue
+        if path := getattr(args, f"{name}_name_or_path"):
+            trained = AutoModel.from_pretrained(path, dtype="float32")
+        elif own[name] is not None and settings[f"{name}_config"] == config.to_dict()[f"{name}_config"]:
+            trained = own[name]
+        else:
+            continue
+        teacher.load_state_dict(trained.state_dict())
+        backbone_is_trained |= name == "backbone"
+    return model, backbone_is_trained
+
+
+def own_teachers(config_name: str) -> dict[str, PreTrainedModel | None]:
+    """The teachers of a folder or Hub repo that holds more than a configuration."""
+    try:
+        shipped = Spa3RForPreTraining.from_pretrained(config_name, dtype="float32")
+    except OSError:  # no weights there
+        return {"backbone": None, "semantic": None}
+    return {"backbone": shipped.spa3r.backbone, "semantic": shipped.semantic_teacher}
 
 
 def build_processor(model_args: ModelArguments, data_args: DataArguments) -> Spa3RImageProcessor:
@@ -189,7 +208,7 @@ def build_split(
     if args.data_dir is None:
         options |= {"num_views": args.views_per_room, "image_size": (processor.size,) * 2}
         scenes = RoomScenes(range(args.num_rooms), **options)
-        held_out = RoomScenes(range(10**6, 10**6 + args.num_eval_rooms), **options)
+        held_out = RoomScenes(range(SPLITS["test"], SPLITS["test"] + args.num_eval_rooms), **options)
         name = f"procedural rooms 0 to {args.num_rooms - 1}"
     else:
         scenes = open_scenes(
@@ -209,17 +228,16 @@ def build_split(
     return split, name
 
 
-def shown_command(argv: list[str], num_processes: int) -> str:
-    """The command for the model card, without secrets."""
-    launcher = ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
-    words = [re.sub(r"([_-]token=).*", r"\1...", word) for word in argv]
-    follows_token = [index > 0 and argv[index - 1].endswith(("_token", "-token")) for index in range(len(argv))]
-    words = ["..." if hidden else word for hidden, word in zip(follows_token, words, strict=True)]
-    return shlex.join([*launcher, "training/run_psfm.py", *words])
+def score_unseen_depth(trainer: PSFMTrainer, args: DataArguments, size: int) -> dict[str, float]:
+    """The true depth of rooms is known: how well does the probe tell it for views that the encoder has not seen?"""
+    rooms = RoomGeometryDataset(split_walks("test", args.num_eval_rooms, (size, size)), frame_step=(2, 4))
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    return unseen_depth(model, [trainer._prepare_inputs(batch) for batch in room_batches(rooms, args.eval_views)])
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_arguments(argv)
     logging.basicConfig(
         level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
@@ -300,35 +318,29 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=resume)
     trainer.bad_samples.update(split.bad_samples)
     scores = trainer.score()
+    if data_args.data_dir is None and model.config.depth_probe:
+        scores["unseen_depth"] = score_unseen_depth(trainer, data_args, processor.size)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
 
     run = {
+        **run_facts("run_psfm.py", argv, args, model, trainer.state.global_step, started),
         "name": trainer.hub_model_id or output_dir.resolve().name,
-        "command": shown_command(sys.argv[1:] if argv is None else argv, args.world_size),
         "data": name,
         "held_out": split.held_out,
         "num_train_scenes": "a stream" if isinstance(split.train, StreamedScenes) else len(split.train),
         "cameras": "from the data" if split.has_cameras else "from the backbone's camera head",
         "notes": notes,
         "bad_samples": dict(trainer.bad_samples.most_common()),
-        "steps": trainer.state.global_step,
-        "seed": args.seed,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "seconds": round(time.monotonic() - started, 1),
-        "hardware": torch.cuda.get_device_name() if args.device.type == "cuda" else f"{os.cpu_count()} CPU cores",
-        "processes": args.world_size,
-        "versions": {
-            "spa3r_hf": spa3r_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
     }
     model.eval()
     prepared = [trainer._prepare_inputs(batch) for batch in eval_batches[:2]]
     write_psfm_report(output_dir, model, prepared, scores, trainer.state.log_history, run)
+    if data_args.data_dir is None and not split.has_cameras:  # cameras are the backbone's, at any view of the walk
+        walk = split_walks("test", 1, (processor.size,) * 2)[0].rgb[:ORBIT_VIEWS]
+        pictures = torch.from_numpy(walk).movedim(-1, 1).float().to(args.device) / 255
+        draw_orbit(model, pictures, output_dir / "pictures")
     if trainer.bad_samples:
         messages = "\n".join(f"{times} x {message}" for message, times in trainer.bad_samples.most_common())
         logger.warning("%d bad samples were left out:\n%s", trainer.bad_samples.total(), messages)
