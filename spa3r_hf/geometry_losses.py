@@ -1,4 +1,4 @@
-"""The losses that a VGGT is trained with (arXiv 2503.11651): cameras, depth and points."""
+"""The losses that a VGGT is trained with (arXiv 2503.11651): cameras, depth and points; and one for matching."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,9 @@ ITERATION_DISCOUNT = 0.6
 CAMERA_PARTS = ((1.0, slice(0, 3)), (1.0, slice(3, 7)), (0.5, slice(7, 9)))
 # Errors beyond this (scene units; quaternion entries; radians) pull no harder than it.
 HUBER_DELTA = 0.05
+# Global layers whose first two heads are taught to match, the weight, and how much farther than the surface that
+# is seen a point may be (a share of depth) before it counts as hidden.
+MATCH_LAYERS, MATCH_WEIGHT, OCCLUSION_MARGIN = (2, 3), 0.1, 0.05
 # Weight of the camera loss, and of the log confidence that keeps confidences from shrinking.
 CAMERA_WEIGHT, CONFIDENCE_WEIGHT = 5.0, 0.2
 
@@ -73,6 +76,61 @@ def dense_loss(prediction: Tensor, confidence: Tensor, target: Tensor) -> tuple[
     sideways = (difference[..., :, 1:, :] - difference[..., :, :-1, :]).norm(dim=-1) * confidence[..., :, 1:]
     value = (error * confidence - CONFIDENCE_WEIGHT * confidence.log()).mean()
     return value, gradient.mean() + sideways.mean()
+
+
+def patch_matches(geometry: SceneGeometry, patch_size: int, others: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Where the middle of each patch of a view is seen in another view.
+
+    Args:
+        others: (V,), the other view of each.
+
+    Returns:
+        The patch (B, V, N) that it falls in, row by row, and whether it is seen there (B, V, N): inside the picture
+        and not behind something nearer.
+    """
+    height, width = geometry.depth.shape[-2:]
+    middle = slice(patch_size // 2, None, patch_size)
+    points = geometry.points[:, :, middle, middle].flatten(2, 3)
+    extrinsics = geometry.extrinsics[:, others]
+    in_camera = points @ extrinsics[..., :3].mT + extrinsics[..., None, :, 3]
+    depth = in_camera[..., 2]
+    pixels = in_camera @ geometry.intrinsics[:, others].mT
+    x, y = (pixels[..., :2] / depth.clamp_min(1e-6)[..., None]).unbind(-1)
+    inside = (depth > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    x, y = (torch.where(inside, axis, 0).long() for axis in (x, y))
+    surface = geometry.depth[:, others].flatten(2).gather(2, y * width + x)
+    seen = inside & ((depth - surface).abs() < OCCLUSION_MARGIN * surface)
+    return y // patch_size * (width // patch_size) + x // patch_size, seen
+
+
+def match_loss(attentions: tuple[Tensor, ...], geometry: SceneGeometry, num_prefix: int, patch_size: int) -> Tensor:
+    """
+    -log of how much a patch attends to where its middle is seen in another view.
+
+    It stands for VGGT's tracking loss, at no extra parameters: matching is what takes longest to emerge from cameras
+    and points alone. Of the layers in `MATCH_LAYERS`, the first head is taught to look into the first view, whose
+    camera is the world, and the second into all other views alike.
+
+    Args:
+        attentions: Of the global layers, (B, heads, V * P, V * P) each.
+        num_prefix: Tokens of a view ahead of its patches.
+    """
+    num_views = geometry.depth.shape[1]
+    views = torch.arange(num_views, device=geometry.depth.device)
+    wanted = [(0, torch.zeros_like(views))] + [(1, (views + step) % num_views) for step in range(1, num_views)]
+    losses: dict[int, list[Tensor]] = {0: [], 1: []}
+    for head, others in wanted:
+        matches, seen = patch_matches(geometry, patch_size, others)
+        seen = seen & (others != views)[:, None]
+        for layer in MATCH_LAYERS:
+            weights = attentions[layer][:, head].unflatten(2, (num_views, -1)).unflatten(1, (num_views, -1))
+            # (B, V, N, N): from the patches of each view to those of its other view.
+            to_other = weights.transpose(2, 3)[:, views, others][:, :, num_prefix:, num_prefix:].float()
+            likelihood = to_other.gather(-1, matches[..., None])[..., 0]
+            losses[head].append(-likelihood.clamp_min(1e-6).log()[seen])
+    means = [torch.cat(of_head).mean() for of_head in losses.values()]
+    return MATCH_WEIGHT * torch.stack(means).mean().nan_to_num()
 
 
 def geometry_losses(

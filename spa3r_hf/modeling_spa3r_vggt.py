@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
@@ -15,7 +16,14 @@ from typing_extensions import Unpack
 
 from .camera_spa3r import pose_encoding_to_cameras
 from .configuration_spa3r_vggt import Spa3RVGGTConfig
-from .layers_spa3r import RotaryEncoding, Spa3RAttention, Spa3RLayer, Spa3RLayerScale
+from .layers_spa3r import (
+    RotaryEncoding,
+    Spa3RAttention,
+    Spa3RLayer,
+    Spa3RLayerScale,
+    grid_positions,
+    rotary_angles,
+)
 from .modeling_spa3r_vggt_heads import Spa3RVGGTCameraHead, Spa3RVGGTDepthHead, Spa3RVGGTPointHead
 
 
@@ -156,6 +164,22 @@ class Spa3RVGGTDinov2Embedding(nn.Module):
             attn_implementation=config._attn_implementation,  # type: ignore[call-arg]  # all configurations take it
         )
         self.dinov2 = Dinov2WithRegistersModel(dinov2_config)
+        with torch.no_grad():  # here, since the model above has initialised itself by now
+            positions = self.dinov2.embeddings.position_embeddings
+            positions.copy_(self._fresh_positions(positions, config.rope_theta))
+
+    @staticmethod
+    def _fresh_positions(like: Tensor, theta: float) -> Tensor:
+        """
+        Position embeddings (1, 1 + N, C) to start from: sines and cosines of row and column, zero for the class token.
+
+        They are as large as the patches. Random ones of DINOv2's 0.02 drown in them, and trained from scratch, cameras
+        stay unknown for as long as no token says where it is.
+        """
+        side = math.isqrt(like.shape[1] - 1)
+        angles = rotary_angles(grid_positions((side, side), like.device), like.shape[2] // 2, theta)
+        waves = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+        return F.pad(waves, (0, like.shape[2] - waves.shape[1], 1, 0))[None]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> (B, N, C)."""

@@ -1,6 +1,7 @@
 """Training of the geometry backbone: losses, scores, data and the command line."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,16 @@ import pytest
 import torch
 
 from spa3r_hf.camera_spa3r import cameras_to_pose_encoding, quaternion_to_rotation
-from spa3r_hf.geometry_losses import CONFIDENCE_WEIGHT, SceneGeometry, dense_loss, geometry_losses
+from spa3r_hf.geometry_losses import (
+    CONFIDENCE_WEIGHT,
+    MATCH_LAYERS,
+    MATCH_WEIGHT,
+    SceneGeometry,
+    dense_loss,
+    geometry_losses,
+    match_loss,
+    patch_matches,
+)
 from spa3r_hf.geometry_metrics import area_under_curve, relative_pose_errors
 from spa3r_hf.modeling_spa3r_vggt import Spa3RVGGTModel, Spa3RVGGTOutput
 
@@ -80,6 +90,50 @@ def test_confidence_pays_where_the_error_is_below_its_weight():
         assert (gradient.sign() == sign).all()
 
 
+def test_matches_are_where_the_same_colours_are():
+    from spa3r_hf.geometry_data import RoomGeometryDataset
+    from spa3r_hf.rooms_walks import RoomWalks
+
+    rooms = RoomGeometryDataset(RoomWalks(range(2), num_views=24, image_size=(112, 112)), frame_step=(1, 1))
+    batch = rooms.batches(3)[0]
+    following = torch.tensor([1, 2, 0])
+    matches, seen = patch_matches(geometry_of(batch), 14, following)
+    assert matches.shape == seen.shape == (2, 3, 64) and 0.2 < seen.float().mean() < 0.95
+    pixels = batch["pixel_values"]
+    colours = torch.nn.functional.avg_pool2d(pixels.flatten(0, 1), 14).flatten(2).mT.unflatten(0, (2, 3))
+    there = colours[:, following]
+    matched = (colours - torch.take_along_dim(there, matches[..., None], dim=2)).abs()[seen].mean()
+    assert matched < 0.6 * (colours - there).abs()[seen].mean()
+    # A view matches itself patch by patch.
+    matches, seen = patch_matches(geometry_of(batch), 14, torch.arange(3))
+    assert seen.all() and (matches == torch.arange(64)).all()
+
+
+def test_the_match_loss_wants_attention_on_the_match(batch):
+    geometry = geometry_of(batch)
+    num_views, num_prefix = 3, 2
+    size = num_prefix + geometry.depth[0, 0].numel() // 14**2
+    views = torch.arange(num_views)
+    right = torch.full((2, 3, num_views, size, num_views, size), 1e-3)
+    for step in (1, 2):
+        others = (views + step) % num_views
+        matches, _ = patch_matches(geometry, 14, others)
+        for scene in range(2):
+            for view, other in enumerate(others.tolist()):
+                patches = num_prefix + torch.arange(size - num_prefix)
+                # The first head looks into the first view alone, the second into all others.
+                heads = [0, 1] if other == 0 else [1]
+                for head in heads:
+                    right[scene, head, view, patches, other, num_prefix + matches[scene, view]] = 1.0
+    right = right.flatten(4).flatten(2, 3)
+    right = right / right.sum(-1, keepdim=True)
+    layers = max(MATCH_LAYERS) + 1
+    good = match_loss((right,) * layers, geometry, num_prefix, 14)
+    poor = match_loss((torch.full_like(right, 1 / right.shape[-1]),) * layers, geometry, num_prefix, 14)
+    assert poor == pytest.approx(MATCH_WEIGHT * math.log(right.shape[-1]), rel=1e-4)
+    assert good < 0.3 * poor
+
+
 def test_relative_pose_errors_of_known_turns(batch):
     truth = geometry_of(batch).extrinsics
     rotation, translation, baseline = relative_pose_errors(truth, truth)
@@ -101,8 +155,8 @@ def test_area_under_curve_is_the_mean_share_below_whole_degrees():
 def test_run_geometry_resumes_and_its_backbone_loads(tmp_path):
     pytest.importorskip("embreex")
     config = {
-        **{"model_type": "spa3r_vggt", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
-        **{"intermediate_size": 32, "image_size": 28, "patch_embedding": "conv", "camera_num_attention_heads": 2},
+        **{"model_type": "spa3r_vggt", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2},
+        **{"intermediate_size": 32, "image_size": 28, "patch_embedding": "dinov2", "camera_num_attention_heads": 2},
         **{"camera_num_hidden_layers": 1, "dpt_hidden_size": 8, "dpt_out_channels": [8, 8, 8, 8]},
         "dpt_layers": [0, 0, 1, 1],
     }

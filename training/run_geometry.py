@@ -11,6 +11,7 @@ the backbone with its card and pictures, and `eval.json` with its scores on room
 baselines.
 """
 
+import json
 import logging
 import sys
 import time
@@ -26,7 +27,7 @@ from spa3r_hf.geometry_data import RoomGeometryDataset, split_walks
 from spa3r_hf.geometry_report import geometry_table, write_geometry_report
 from spa3r_hf.geometry_trainer import GeometryTrainer
 from spa3r_hf.psfm_data import PSFMBatchSampler
-from spa3r_hf.run_facts import run_facts
+from spa3r_hf.run_facts import run_facts, shown_command
 
 
 logger = logging.getLogger("run_geometry")
@@ -53,6 +54,9 @@ class GeometryArguments:
     split: Literal["validation", "test"] = field(default="validation", metadata={"help": "Rooms to evaluate on."})
     min_views: int = field(default=2, metadata={"help": "Fewest views of a sample."})
     max_views: int = field(default=8, metadata={"help": "Most views of a sample."})
+    frame_step: list[int] = field(
+        default_factory=lambda: [1, 4], metadata={"help": "Lowest and highest distance of views along the walk."}
+    )
     images_per_batch: int = field(default=32, metadata={"help": "Budget of images of a batch on one device."})
     eval_views: list[int] = field(
         default_factory=lambda: [2, 4, 8], metadata={"help": "Numbers of views to evaluate with."}
@@ -96,6 +100,17 @@ def build_model(args: GeometryArguments) -> Spa3RVGGTModel:
     return Spa3RVGGTModel(config)
 
 
+def note_command(output_dir: Path, command: str, resume: str | None) -> list[str]:
+    """All commands that made a run so far, the one that goes on from a checkpoint last."""
+    path = output_dir / "commands.json"
+    commands = json.loads(path.read_text()) if resume and path.exists() else []
+    if command not in commands:
+        commands.append(command)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(commands, indent=2) + "\n")
+    return commands
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     kinds: Any = (GeometryArguments, GeometryTrainingArguments)
@@ -110,8 +125,9 @@ def main(argv: list[str] | None = None) -> None:
 
     model = build_model(room_args)
     image_size = (model.config.image_size, model.config.image_size)
-    train_walks = split_walks("train", room_args.num_rooms, image_size, Path(room_args.cache_dir))
-    held_out = RoomGeometryDataset(split_walks(room_args.split, room_args.num_eval_rooms, image_size))
+    cache_dir = Path(room_args.cache_dir)
+    train_walks = split_walks("train", room_args.num_rooms, image_size, cache_dir)
+    held_out = RoomGeometryDataset(split_walks(room_args.split, room_args.num_eval_rooms, image_size, cache_dir))
     batch_sampler = PSFMBatchSampler(
         room_args.num_rooms,
         room_args.images_per_batch,
@@ -122,11 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     trainer = GeometryTrainer(
         model=model,
         args=args,
-        train_dataset=RoomGeometryDataset(train_walks, args.seed),
+        train_dataset=RoomGeometryDataset(train_walks, args.seed, frame_step=tuple(room_args.frame_step)),
         eval_dataset={f"{views}_views": held_out.batches(views) for views in room_args.eval_views},
         batch_sampler=batch_sampler,
         processing_class=Spa3RImageProcessor(size=model.config.image_size, patch_size=model.config.patch_size),
     )
+    commands = note_command(output_dir, shown_command("run_geometry.py", argv, args.world_size), resume)
     trainer.train(resume_from_checkpoint=resume)
     scores = trainer.score()
     trainer.save_model()
@@ -134,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = {
         **run_facts("run_geometry.py", argv, args, model, trainer.state.global_step, started),
+        "command": "; ".join(commands),
         "name": trainer.hub_model_id or output_dir.resolve().name,
         "data": f"procedural rooms 0 to {room_args.num_rooms - 1}",
         "held_out": f"{room_args.num_eval_rooms} rooms of the {room_args.split} split",

@@ -45,14 +45,14 @@ class SemanticArguments:
     num_eval_rooms: int = field(default=32, metadata={"help": "Rooms to evaluate on."})
     split: Literal["validation", "test"] = field(default="validation", metadata={"help": "Rooms to evaluate on."})
     views_per_room: int = field(default=4, metadata={"help": "Views of a room in a batch."})
-    images_per_batch: int = field(default=96, metadata={"help": "Budget of images of a batch on one device."})
+    images_per_batch: int = field(default=64, metadata={"help": "Budget of images of a batch on one device."})
 
 
 @dataclass
 class SemanticTrainingArguments(TrainingArguments):
     output_dir: str | None = field(default="outputs/semantic", metadata={"help": "Where everything is written."})
-    max_steps: int = 2000
-    learning_rate: float = 2e-3
+    max_steps: int = 1500
+    learning_rate: float = 1e-3
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.02})
     warmup_steps: float = 0.05
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     image_size = (side, side)
     train_walks = split_walks("train", room_args.num_rooms, image_size, Path(room_args.cache_dir))
     probed_walks = split_walks("train", min(64, room_args.num_rooms), image_size, Path(room_args.cache_dir))
-    held_out = split_walks(room_args.split, room_args.num_eval_rooms, image_size)
+    held_out = split_walks(room_args.split, room_args.num_eval_rooms, image_size, Path(room_args.cache_dir))
     views = room_args.views_per_room
     trainer = SemanticTrainer(
         model=model,
