@@ -32,7 +32,6 @@ def measure_nano(folder: Path) -> dict[str, Any]:
     )
     train_batches, test_batches = room_batches(train, NUM_VIEWS), room_batches(test, NUM_VIEWS)
     backbone = AutoModel.from_pretrained(folder / "vggt-nano", dtype="float32").eval()
-    four_views = [{key: value[:, ::2] for key, value in batch.items() if key != "view_mask"} for batch in test_batches]
 
     teacher = AutoModel.from_pretrained(folder / "dinov3-rooms-nano", dtype="float32").eval()
     with_probe = PatchCategoryModel(teacher.config).eval()
@@ -44,7 +43,7 @@ def measure_nano(folder: Path) -> dict[str, Any]:
         for batches in (train_batches, test_batches)
     ]
     return {
-        "geometry": evaluate_geometry(backbone, four_views),
+        "geometry": evaluate_geometry(backbone, RoomGeometryDataset(test.walks).batches(4)),
         "semantic": probe_categories(with_probe, [train_batches, test_batches]),
         "psfm": evaluate_psfm(model, inputs[1], mean_features(model, inputs[0])),
         "unseen_depth": unseen_depth(model, test_batches),

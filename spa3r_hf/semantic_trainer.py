@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, TrainingArguments
 
+from .model_card import markdown_table
 from .modeling_spa3r_vggt import normalize_pixels
 from .probes import classification_probe
 from .psfm_data import PSFMBatchSampler
@@ -146,3 +147,13 @@ def probe_categories(
         of_class = [right[true == category].mean().item() for category in true.unique()]
         scores[name] = {"accuracy": right.mean().item(), "mean_class_accuracy": sum(of_class) / len(of_class)}
     return scores
+
+
+def probe_table(scores: Mapping[str, Mapping[str, float]]) -> str:
+    """The scores of `probe_categories` as a Markdown table."""
+    labels = {"model": "linear probe on its features", "pixels": "linear probe on raw pixels"}
+    rows = [
+        [labels.get(name, "commonest category"), *(f"{value:.3f}" for value in values.values())]
+        for name, values in scores.items()
+    ]
+    return markdown_table(["categories of patches", "accuracy", "mean over categories"], rows)

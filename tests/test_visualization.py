@@ -239,13 +239,13 @@ def figures(monkeypatch) -> list:
     """The matplotlib figures behind the pictures that this test makes."""
     pytest.importorskip("matplotlib")
     made: list = []
-    original = visualization._to_image
+    original = visualization.figure_to_image
 
     def record(figure):
         made.append(figure)
         return original(figure)
 
-    monkeypatch.setattr(visualization, "_to_image", record)
+    monkeypatch.setattr(visualization, "figure_to_image", record)
     return made
 
 

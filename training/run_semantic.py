@@ -22,10 +22,10 @@ from transformers import AutoConfig, DINOv3ViTConfig, HfArgumentParser, Training
 
 from spa3r_hf.checkpoint_spa3r import last_checkpoint
 from spa3r_hf.geometry_data import RoomGeometryDataset, split_walks
-from spa3r_hf.model_card import markdown_table, write_teacher_card
+from spa3r_hf.model_card import write_teacher_card
 from spa3r_hf.psfm_data import PSFMBatchSampler
 from spa3r_hf.run_facts import run_facts
-from spa3r_hf.semantic_trainer import MIN_SHARE, PatchCategoryModel, SemanticTrainer
+from spa3r_hf.semantic_trainer import MIN_SHARE, PatchCategoryModel, SemanticTrainer, probe_table
 
 
 logger = logging.getLogger("run_semantic")
@@ -67,15 +67,6 @@ class SemanticTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint to go on from; 'last': the last one in output_dir."}
     )
-
-
-def probe_table(scores: dict[str, dict[str, float]]) -> str:
-    labels = {"model": "linear probe on its features", "pixels": "linear probe on raw pixels"}
-    rows = [
-        [labels.get(name, "commonest category"), *(f"{value:.3f}" for value in values.values())]
-        for name, values in scores.items()
-    ]
-    return markdown_table(["categories of patches", "accuracy", "mean over categories"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
