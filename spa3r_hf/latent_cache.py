@@ -34,11 +34,8 @@ def fingerprint(encoder: nn.Module, spatial_features: str) -> str:
         spatial_features: See `Spa3AdapterConfig`.
     """
     part: Any = encoder if spatial_features == "latents" else backbone_of(encoder)  # type: ignore[arg-type]
-    # What a configuration says of its files changes nothing that is computed.
-    settings = {
-        key: value for key, value in part.config.to_dict().items() if not key.startswith(("_", "transformers"))
-    }
-    state = hashlib.sha256(json.dumps([spatial_features, settings], sort_keys=True, default=str).encode())
+    settings = [spatial_features, _settings(part.config.to_dict())]
+    state = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, value in sorted(part.state_dict().items()):
         state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         state.update(_bytes(value))
@@ -49,7 +46,9 @@ def _settings(config: Any) -> Any:
     """A configuration without what it says of its own files, which changes nothing that is computed."""
     if not isinstance(config, dict):
         return config
-    return {key: _settings(value) for key, value in config.items() if key not in _OF_FILES and key[0] != "_"}
+    return {
+        key: _settings(value) for key, value in config.items() if not (key in _OF_FILES or str(key).startswith("_"))
+    }
 
 
 def _bytes(value: Tensor) -> bytes:

@@ -172,7 +172,7 @@ FORMS = {
         "<eos>",
     ),
     "no end but a line": (
-        "{% for m in messages %}{{ m.role }}: " + _ENTRIES + "\n{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: " + _ENTRIES + "{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}",
         "\n",
     ),
@@ -221,7 +221,8 @@ def test_answers_are_found_in_every_form_of_template(form):
             "expected its generation prompt 'bot: '",
         ),
         (
-            "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content[0].text }} {% endif %}{% endfor %}",
+            "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content[0].text }} {% endif %}"
+            "{% endfor %}",
             "'Q A ' is not in 'Q B '",
         ),
     ],
