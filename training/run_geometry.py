@@ -32,6 +32,7 @@ from spa3r_hf.run_facts import run_facts, shown_command
 
 logger = logging.getLogger("run_geometry")
 REPOSITORY = Path(__file__).resolve().parent.parent
+PICTURED_VIEWS = 4
 
 
 @dataclass
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         "data": f"procedural rooms 0 to {room_args.num_rooms - 1}",
         "held_out": f"{room_args.num_eval_rooms} rooms of the {room_args.split} split",
     }
-    batch = trainer._prepare_inputs(held_out.batches(max(room_args.eval_views))[0])
+    batch = trainer._prepare_inputs(held_out.batches(PICTURED_VIEWS)[0])
     write_geometry_report(output_dir, model.eval(), batch, scores, run)
     logger.info("\n%s\n\nthe backbone, its card and pictures are in %s", geometry_table(scores), output_dir)
 
