@@ -84,6 +84,21 @@ class LatentCache:
         """The key of a scene: `views` (V, 3, H, W), as the encoder gets them."""
         return hashlib.sha256(f"{views.dtype} {tuple(views.shape)}".encode() + _bytes(views)).hexdigest()
 
+    def look_up(self, scenes: Sequence[Tensor]) -> dict[str, list[Any]]:
+        """
+        What is known of some scenes, for `SceneEncoder.complete`.
+
+        Args:
+            scenes: Their views, (V, 3, H, W) each.
+
+        Returns:
+            `spatial_keys`; `spatial_latents`, None where there are none yet; `spatial_pixel_values`, None otherwise.
+        """
+        keys = [self.key(views) for views in scenes]
+        found = [self.load(key) for key in keys]
+        missing = [views if latents is None else None for views, latents in zip(scenes, found, strict=True)]
+        return {"spatial_keys": keys, "spatial_latents": found, "spatial_pixel_values": missing}
+
     def load(self, key: str) -> Tensor | None:
         """Latents (K, D) in the type that they are stored in, or None where there are none, or none that are whole."""
         path = self._path(key)
@@ -165,7 +180,8 @@ class SceneEncoder:
 
     def complete(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """
-        A batch of `SFTCollator` with the latents of all its scenes, `spatial_latents`, instead of pixels and keys.
+        Inputs with the latents of all their scenes, `spatial_latents`, instead of `spatial_pixel_values`, or of what
+        `LatentCache.look_up` gives of them.
         """
         batch = dict(inputs)
         scenes = batch.pop("spatial_pixel_values")

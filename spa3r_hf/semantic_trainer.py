@@ -1,6 +1,6 @@
 """A small semantic teacher, trained on procedural rooms to say what each patch shows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class SemanticTrainer(SceneTrainer):
 
 @torch.no_grad()
 def probe_categories(
-    model: PatchCategoryModel, parts: list[list[Mapping[str, Tensor]]]
+    model: PatchCategoryModel, parts: Sequence[Sequence[Mapping[str, Tensor]]]
 ) -> dict[str, dict[str, float]]:
     """
     Linear probes of patch categories.

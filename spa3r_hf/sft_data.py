@@ -167,8 +167,7 @@ class SFTCollator:
         processor: Of the VLM and its spatial encoder.
         max_length: The most tokens that a sample may have; longer ones are bad samples. None: any number.
         on_bad_sample: What a sample that cannot be used does: `"raise"`, or `"skip"` the sample.
-        cache: Where the scenes' latents may be found: then there are `spatial_keys`, and `spatial_latents`, a list
-            with None where there are none yet, whose place in `spatial_pixel_values` is None otherwise.
+        cache: Where the scenes' latents may be found: see `LatentCache.look_up` for what there is then.
     """
 
     def __init__(
@@ -262,14 +261,9 @@ class SFTCollator:
             labels[row, :length] = label_answers(
                 ids[row, :length], pieces, self.processor.tokenizer, self._image_token
             )
-        scenes: list[Tensor | None] = list(inputs.pop("spatial_pixel_values"))
-        batch = {**inputs, "labels": labels, "spatial_pixel_values": scenes}
-        if self.cache is not None:
-            keys = [self.cache.key(views) for views in scenes if views is not None]
-            found = [self.cache.load(key) for key in keys]
-            missing = [views if latents is None else None for views, latents in zip(scenes, found, strict=True)]
-            batch |= {"spatial_keys": keys, "spatial_latents": found, "spatial_pixel_values": missing}
-        return batch
+        scenes = list(inputs.pop("spatial_pixel_values"))
+        known = {"spatial_pixel_values": scenes} if self.cache is None else self.cache.look_up(scenes)
+        return {**inputs, "labels": labels, **known}
 
 
 _Sample = tuple[SampleViews, list[Piece]]

@@ -35,24 +35,24 @@ def test_layers_that_nobody_reads_cost_memory_and_no_flops(result):
     _, report = result
     assert [row["views"] for row in report["encoding"]] == [1, 1, 8, 8]
     for ours, all_layers in (report["encoding"][:2], report["encoding"][2:]):
-        assert (ours["layers_kept"], all_layers["layers_kept"]) == (1, 4)
-        # (camera token, 4 registers, 4 x 4 patches) x (frame, global) x 96 channels x 4 bytes
-        assert ours["kept_bytes"] == ours["views"] * 21 * 2 * 96 * 4
-        assert all_layers["kept_bytes"] == 4 * ours["kept_bytes"]
+        assert (ours["layers_kept"], all_layers["layers_kept"]) == (1, 5)
+        # (camera token, 4 registers, 4 x 4 patches) x (frame, global) x 192 channels x 4 bytes
+        assert ours["kept_bytes"] == ours["views"] * 21 * 2 * 192 * 4
+        assert all_layers["kept_bytes"] == 5 * ours["kept_bytes"]
         assert ours["flops"] == all_layers["flops"] > 0
         assert ours["kept_bytes"] < ours["peak_bytes"] <= all_layers["peak_bytes"]
     few, many = report["encoding"][0], report["encoding"][2]
     assert many["peak_bytes"] > few["peak_bytes"]
-    # 3 + 2 * 4 blocks of the backbone, 3 of the encoder.
-    assert few["attention_calls"] == many["attention_calls"] == 14
+    # 3 + 2 * 5 blocks of the backbone, 3 of the encoder.
+    assert few["attention_calls"] == many["attention_calls"] == 16
 
 
 def test_asymmetric_step_passes_the_backbone_once_and_makes_no_mask(result):
     _, report = result
     asymmetric, two_pass = report["training"]
     assert (asymmetric["backbone_passes"], two_pass["backbone_passes"]) == (1, 2)
-    # The asymmetric pass asks twice in each of its 4 global blocks; the other mode runs 3 + 2 * 4 blocks once more.
-    assert two_pass["attention_calls"] - asymmetric["attention_calls"] == 11 - 4
+    # The asymmetric pass asks twice in each of its 5 global blocks; the other mode runs 3 + 2 * 5 blocks once more.
+    assert two_pass["attention_calls"] - asymmetric["attention_calls"] == 13 - 5
     assert asymmetric["flops"] < two_pass["flops"]
     assert all(row["mask_bytes"] == 0 for row in report["encoding"] + report["training"])
 

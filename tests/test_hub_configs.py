@@ -62,7 +62,7 @@ def test_the_semantic_teacher_knows_more_than_pixels_show(measured):
 
 
 def test_unseen_views_are_predicted_better_than_by_the_mean_and_by_the_nearest_view(measured):
-    """Not yet better than from another scene's latents: the shipped Spa3R reads little off its own (see the README)."""
+    """Not yet better than from another scene's latents: the shipped Spa3R reads little off its own."""
     scores = measured["psfm"]
     for kind in ("geometric", "semantic"):
         assert scores[f"{kind}_cosine"] > scores["baselines"]["mean"][f"{kind}_cosine"] + 0.1

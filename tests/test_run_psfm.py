@@ -357,4 +357,4 @@ def test_without_arguments(script, tmp_path, monkeypatch):
     baselines = json.loads((folder / "eval.json").read_text())["baselines"]
     assert baselines.keys() == {"mean", "nearest_context", "other_scene"}
     pictures = {path.name for path in folder.glob("pictures/*")}
-    assert pictures == {"loss.png", "scores.png", "scene_0.png", "scene_1.png"}
+    assert pictures == {"loss.png", "scores.png", "scene_0.png", "scene_1.png", "orbit.png", "orbit.gif"}
