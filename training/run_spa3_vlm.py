@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import AutoModel, AutoModelForImageTextToText, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -406,3 +407,6 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        # A process that ends while gloo still talks is aborted.
+        torch.distributed.destroy_process_group()
