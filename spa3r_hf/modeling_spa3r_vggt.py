@@ -211,10 +211,10 @@ class Spa3RVGGTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or module.in_channels == 3:  # the conv patch embedding reads pixels
                 init.trunc_normal_(module.weight, std=self.config.initializer_range)
             else:
-                # By their fan-in: a fixed spread that suits wide convolutions leaves narrow ones next to dead.
+                # The dense heads', by their fan-in: a fixed spread that suits wide convolutions leaves narrow ones dead.
                 init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)
