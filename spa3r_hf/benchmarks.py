@@ -79,22 +79,28 @@ def load_benchmark(
 
 
 def with_media(
-    questions: Sequence[Question], folder: str | Path, cache_dir: str | Path | None = None
+    questions: Sequence[Question],
+    folder: str | Path,
+    cache_dir: str | Path | None = None,
+    unusable: dict[str, str] | None = None,
 ) -> list[Question]:
     """
     The questions with their videos or pictures found; see `find_files` for folders, zips and errors.
 
+    Where `unusable` is given, questions with a file that is named there are left without their videos or pictures.
+
     Raises:
         FileNotFoundError: Some are missing: all are looked for before anything else happens.
     """
-    files = find_files((name for question in questions for name in question.media), folder, cache_dir)
+    files = find_files((name for question in questions for name in question.media), folder, cache_dir, unusable)
     found = []
     for question in questions:
-        paths = [files[name] for name in question.media]
-        if len(paths) == 1 and paths[0].suffix.lower() in VIDEO_SUFFIXES:
-            question = replace(question, video=paths[0])
-        elif paths:
-            question = replace(question, images=LazyImages(paths, question.scene))
+        paths = [files[name] for name in question.media if name in files]
+        if paths and len(paths) == len(question.media):
+            if len(paths) == 1 and paths[0].suffix.lower() in VIDEO_SUFFIXES:
+                question = replace(question, video=paths[0])
+            else:
+                question = replace(question, images=LazyImages(paths, question.scene))
         found.append(question)
     return found
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # that module needs this one
     from .benchmarks_questions import Question
 
 BENCHMARKS = ("vsi_bench", "cv_bench", "spar_bench", "viewspatial_bench")
+# What keys of a summary begin with that are no scores.
+NOT_MEANS = ("ci95_low.", "ci95_high.", "count.", "unparseable.")
 CV_BENCH_SOURCES = {"2D": ("ADE20K", "COCO"), "3D": ("Omni3D",)}
 SPAR_BENCH_NUMERICAL_TASKS = tuple(
     f"{quantity}_prediction_{objects}{views}"
@@ -129,19 +131,38 @@ def score_benchmark(
         types = [question.question_type for question in questions]
         return Scores(*vsi_bench_metric().score(predictions, truths, types, number_parsing))
 
-    score_answer, summarise = _SCORERS[benchmark]
+    score_answer = _SCORERS[benchmark][0]
     answers = [prediction.strip() if isinstance(prediction, str) else "" for prediction in predictions]
     rows = [score_answer(answer, question) for answer, question in zip(answers, questions, strict=True)]
     scores = np.array([score for _, score in rows], dtype=float)
-    of_type: dict[str, list[int]] = {}
-    of_source: dict[str, list[int]] = {}
-    for index, question in enumerate(questions):
-        of_type.setdefault(question.question_type, []).append(index)
-        of_source.setdefault(question.source, []).append(index)
-    summary: dict[str, float | int] = dict(summarise(scores, of_type, of_source))
+    types, sources = ([getattr(question, name) for question in questions] for name in ("question_type", "source"))
+    summary: dict[str, float | int] = dict(official_means(benchmark, scores, types, sources))
+    of_type = _places(types)
     summary |= {f"count.{name}": len(indices) for name, indices in of_type.items()}
     summary |= {f"unparseable.{name}": sum(rows[i][0] is None for i in indices) for name, indices in of_type.items()}
     return Scores([answer for answer, _ in rows], scores, summary)
+
+
+def official_means(
+    benchmark: str, scores: np.ndarray, question_types: Sequence[str], sources: Sequence[str]
+) -> dict[str, float]:
+    """
+    What the official score, `overall`, and those it is made of are for scores (N,) of single questions, in 0-1.
+
+    Each of them, 0-100, is linear in the scores; what no question belongs to is left out. This is the `summary` of
+    `score_benchmark` without counts and intervals.
+    """
+    if benchmark == "vsi_bench":
+        summary = vsi_bench_metric().summarise(scores, np.ones(len(scores), dtype=bool), question_types)
+        return {name: score for name, score in summary.items() if not name.startswith(NOT_MEANS)}
+    return _SCORERS[benchmark][1](scores, _places(question_types), _places(sources))
+
+
+def _places(names: Sequence[str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        places.setdefault(name, []).append(index)
+    return places
 
 
 def _score_cv_bench(answer: str, question: "Question") -> tuple[str | None, float]:

@@ -19,18 +19,20 @@ from torch.nn import functional as F
 MIN_FIELD_OF_VIEW = 0.01
 
 
-def check_cameras(extrinsics: Tensor, intrinsics: Tensor, views: tuple[int, ...]) -> None:
+def check_cameras(extrinsics: Tensor, intrinsics: Tensor, views: tuple[int, ...], tolerance: float = 1e-2) -> None:
     """
     Check given cameras before they are computed with.
 
     Args:
         extrinsics: (*views, 3, 4) or (*views, 4, 4), camera <- world.
         intrinsics: (*views, 3, 3), pixels.
-        views: The leading shape that is expected, (B, V).
+        views: The leading shape that is expected: (B, V), or (V,) for one scene.
+        tolerance: How far R @ R^T may be from the identity. The default leaves room for bfloat16.
 
     Raises:
-        ValueError: A shape is another one, a number is not finite, a rotation is not orthonormal with determinant 1
-            (to 1e-2), or a focal length is not above 0. The message names the scene and the view.
+        ValueError: A shape is another one, a number is not finite, a rotation is not orthonormal with determinant 1, a
+            focal length is not above 0, or the last row of the intrinsics is not 0, 0, 1. The message names the scene
+            (of several) and the view.
     """
     if extrinsics.shape not in ((*views, 3, 4), (*views, 4, 4)):
         raise ValueError(f"extrinsics have shape {tuple(extrinsics.shape)}; expected {(*views, 3, 4)}")
@@ -40,19 +42,24 @@ def check_cameras(extrinsics: Tensor, intrinsics: Tensor, views: tuple[int, ...]
     identity = torch.eye(3, device=rotations.device)
     skew = (rotations @ rotations.transpose(-1, -2) - identity).abs().amax((-1, -2))
     focal = intrinsics[..., (0, 1), (0, 1)].amin(-1)
+    last_row = intrinsics[..., 2, :] - intrinsics.new_tensor([0, 0, 1])
     findings = {
         "has numbers that are not finite": ~(
             extrinsics.isfinite().flatten(-2).all(-1) & intrinsics.isfinite().flatten(-2).all(-1)
         ),
-        "has a rotation that is not orthonormal with determinant 1": (skew > 1e-2) | (torch.linalg.det(rotations) < 0),
+        "has a rotation that is not orthonormal with determinant 1": (skew > tolerance)
+        | (torch.linalg.det(rotations) < 0),
         "has a focal length that is not above 0": focal <= 0,
+        "has a last row of the intrinsics that is not 0, 0, 1": last_row.abs().amax(-1) > 1e-5,
     }
     for finding, where in findings.items():
         if where.any():
-            scene, view = where.nonzero()[0].tolist()
+            index = tuple(where.nonzero()[0].tolist())
+            names = ("scene", "view")[-len(index) :]
+            place = ", ".join(f"{name} {number}" for name, number in zip(names, index, strict=True))
             raise ValueError(
-                f"the camera of scene {scene}, view {view} {finding}: extrinsics {extrinsics[scene, view].tolist()}, "
-                f"intrinsics {intrinsics[scene, view].tolist()}; expected camera <- world and pixels"
+                f"the camera of {place} {finding}: extrinsics {extrinsics[index].tolist()}, "
+                f"intrinsics {intrinsics[index].tolist()}; expected camera <- world and pixels"
             )
 
 

@@ -108,10 +108,18 @@ def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
 
 
 def location_of(name: str, adapter: str | os.PathLike, **hub_options: Any) -> str:
-    """Where to load a model from that an adapter's configuration names: as it says, or beside the adapter itself."""
+    """
+    Where to load a model from that an adapter's configuration names: as it says, or beside the adapter itself.
+
+    Raises:
+        FileNotFoundError: It ought to be beside the adapter, and is not.
+    """
     if not name.startswith("./"):
         return name
-    if os.path.isdir(adapter):
-        return str(Path(adapter) / name)
-    folder = snapshot_download(str(adapter), allow_patterns=[f"{name.removeprefix('./')}/*"], **hub_options)
-    return str(Path(folder) / name)
+    folder = Path(adapter)
+    if not folder.is_dir():
+        patterns = [f"{name.removeprefix('./')}/*"]
+        folder = Path(snapshot_download(str(adapter), allow_patterns=patterns, **hub_options))
+    if not (folder / name).is_dir():
+        raise FileNotFoundError(f"the adapter {adapter} is for the model in {name}, but there is no {folder / name}")
+    return str(folder / name)

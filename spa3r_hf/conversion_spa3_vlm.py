@@ -5,17 +5,20 @@ Strict: every key is used, or named in the log as one that Spa3-VLM does not nee
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .checkpoint_spa3_vlm import SPATIAL_ENCODER_FOLDER, VLM_FOLDER, check_weights, under_prefix
 from .configuration_spa3_vlm import Spa3AdapterConfig
 from .configuration_spa3r import Spa3RConfig
-from .configuration_spa3r_vggt import Spa3RVGGTConfig
-from .conversion_spa3r import _SPA3R, _VGGT_PARTS, _fill, _rename, convert_original_vggt, strip_prefix
+from .conversion_keys import SPA3R_KEYS, VGGT_PARTS, Shapes, fill_model, keys_under, rename_keys, strip_prefix
+from .conversion_spa3r import compare_outputs, convert_original_vggt, infer_vggt_config
 from .modeling_spa3_vlm import Spa3VLM
 from .modeling_spa3r import Spa3RModel
 
@@ -60,14 +63,16 @@ def convert_original_spa3_vlm(
         ValueError: Keys are left over or missing, or shapes differ.
     """
     if not isinstance(vlm_config, PreTrainedConfig):
-        vlm_config = AutoConfig.for_model(**vlm_config)
-    encoder_state = under_prefix(state_dict, ENCODER_PREFIX)
+        vlm_config = _vlm_config(vlm_config)
+    encoder_state = strip_prefix(under_prefix(state_dict, ENCODER_PREFIX))
     adapter_state = _adapter_state(state_dict)
     others = (ENCODER_PREFIX, *_ADAPTER)
     # Copies, as the library would take the tensors themselves for the model's weights.
     vlm_state = {key: value.clone() for key, value in state_dict.items() if not key.startswith(others)}
     vlm = _convert_vlm(vlm_state, vlm_config)
-    encoder = _convert_encoder(encoder_state, spatial_encoder_config) if encoder_state else None
+    encoder = None
+    if encoder_state:
+        encoder = _convert_encoder(encoder_state, spatial_encoder_config or infer_spatial_encoder_config(state_dict))
     model = Spa3VLM(vlm, encoder)
     model.add_adapter("default", _adapter_config(adapter_state, encoder is not None))
     adapter = model.adapters["default"]
@@ -75,6 +80,13 @@ def convert_original_spa3_vlm(
     adapter.load_state_dict(adapter_state)
     adapter.to(adapter_state["gate.weight"].dtype)
     return model.eval()
+
+
+def _vlm_config(settings: Mapping[str, Any]) -> PreTrainedConfig:
+    model_type = settings.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"the VLM's configuration has model_type = {model_type!r}; expected one of transformers")
+    return AutoConfig.for_model(**settings)
 
 
 def _adapter_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,6 +116,8 @@ def _convert_vlm(state_dict: dict[str, Tensor], config: PreTrainedConfig) -> Pre
     """The library's own loading knows the old names of its models' keys."""
     if not state_dict:
         raise ValueError("this is no full checkpoint of Spa3-VLM: it has no weights for the VLM")
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(f"the configuration is of a {config.model_type!r}; expected a vision-language model's")
     model_class: Any = AutoModelForImageTextToText._model_mapping[type(config)]
     model, report = model_class.from_pretrained(
         None,
@@ -116,45 +130,131 @@ def _convert_vlm(state_dict: dict[str, Tensor], config: PreTrainedConfig) -> Pre
     wrong = {what: sorted(map(str, keys))[:8] for what, keys in report.items() if keys}
     if wrong:
         raise ValueError(f"the checkpoint does not fit {model_class.__name__}: {wrong}")
+    head = model.get_output_embeddings()
+    if config.tie_word_embeddings and head.weight is not model.get_input_embeddings().weight:
+        # Saved and loaded again, it would have lost one of them.
+        raise ValueError(
+            "the configuration has tie_word_embeddings = True, but the checkpoint's output layer has other weights "
+            "than its embeddings; expected False"
+        )
     return model
 
 
-def _convert_encoder(state_dict: dict[str, Tensor], config: Spa3RConfig | None) -> Spa3RModel:
-    state_dict = strip_prefix(state_dict)
+def infer_spatial_encoder_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3RConfig:
+    """
+    Configuration of the spatial encoder in the full state dict of the release; `options` override what is inferred,
+    and may hold a dict of the same for VGGT, `backbone_config`.
+
+    Raises:
+        ValueError: There is no spatial encoder, or a key is missing that tells its size.
+    """
+    own = strip_prefix(under_prefix(state_dict, ENCODER_PREFIX))
+    if not own:
+        raise ValueError(f"the checkpoint has no keys {ENCODER_PREFIX}*; expected a spatial encoder to configure")
+    shapes = Shapes(own, f"Spa3R ({ENCODER_PREFIX}*)")
+    backbone = infer_vggt_config(keys_under(own, VGGT_PARTS), **options.pop("backbone_config", {}))
+    hidden_size = shapes["projection.weight"][0]
+    settings: dict[str, Any] = {
+        "backbone_config": backbone,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": shapes.count(r"encoder\.blocks\.(\d+)\."),
+        "num_attention_heads": hidden_size // shapes["encoder.blocks.0.attn.q_norm.weight"][0],
+        "intermediate_size": shapes["encoder.blocks.0.mlp.fc1.weight"][0],
+        "num_latents": shapes["query_embed.weight"][0],
+        "num_register_tokens": shapes["encoder.register_tokens"][-2],
+        "depth_probe": backbone.use_depth_head,
+    }
+    return Spa3RConfig(**(settings | options))
+
+
+def _convert_encoder(state_dict: Mapping[str, Tensor], config: Spa3RConfig) -> Spa3RModel:
+    """From its keys in the release, without `ENCODER_PREFIX`."""
     groups: dict[str, dict[str, Tensor]] = {"vggt": {}, "encoder": {}, "unused": {}, "unknown": {}}
-    prefixes = {"vggt": (*_VGGT_PARTS, "track_head."), "encoder": _ENCODER, "unused": _UNUSED}
+    prefixes = {"vggt": (*VGGT_PARTS, "track_head."), "encoder": _ENCODER, "unused": _UNUSED}
     for key, value in state_dict.items():
         group = next((name for name, starts in prefixes.items() if key.startswith(starts)), "unknown")
         groups[group][key] = value
     vggt, own = groups["vggt"], groups["encoder"]
     if groups["unused"]:
         logger.info("not needed, as only Spa3R's training uses them: %s", sorted(groups["unused"]))
-    needed = ("projection.weight", "query_embed.weight", "encoder.register_tokens", "encoder.blocks.0.mlp.fc1.weight")
-    missing = [name for name in needed if name not in own]
-    if missing or groups["unknown"]:
+    if groups["unknown"]:
         raise ValueError(
-            f"{ENCODER_PREFIX}* is not the Spa3R of the release: it has no {missing}, and has "
-            f"{len(groups['unknown'])} keys that are none of its: {sorted(groups['unknown'])[:8]}"
+            f"{ENCODER_PREFIX}* is not the Spa3R of the release: it has {len(groups['unknown'])} keys that are none "
+            f"of its: {sorted(groups['unknown'])[:8]}"
         )
-    backbone = convert_original_vggt(vggt, None if config is None else config.backbone_config)
-    config = config or _encoder_config(own, backbone.config)
+    backbone = convert_original_vggt(vggt, config.backbone_config)
     converted = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
-    converted |= under_prefix(_rename(own, _SPA3R), "spa3r.")
-    model = _fill(Spa3RModel(config), converted)
+    converted |= under_prefix(rename_keys(own, SPA3R_KEYS), "spa3r.")
+    model = fill_model(Spa3RModel(config), converted)
     nn.Module.to(model, own["projection.weight"].dtype)
     return model
 
 
-def _encoder_config(state_dict: Mapping[str, Tensor], backbone_config: Spa3RVGGTConfig) -> Spa3RConfig:
-    hidden_size = len(state_dict["projection.weight"])
-    blocks = {int(key.split(".")[2]) for key in state_dict if key.startswith("encoder.blocks.")}
-    return Spa3RConfig(
-        backbone_config=backbone_config,
-        hidden_size=hidden_size,
-        num_hidden_layers=max(blocks) + 1,
-        num_attention_heads=hidden_size // len(state_dict["encoder.blocks.0.attn.q_norm.weight"]),
-        intermediate_size=len(state_dict["encoder.blocks.0.mlp.fc1.weight"]),
-        num_latents=len(state_dict["query_embed.weight"]),
-        num_register_tokens=state_dict["encoder.register_tokens"].shape[-2],
-        depth_probe=backbone_config.use_depth_head,
-    )
+# --- the release's numbers
+
+
+@torch.no_grad()
+def compare_with_release(
+    model: Spa3VLM, reference: Mapping[str, Tensor], rtol: float = 1e-4, atol: float = 1e-5
+) -> dict[str, float]:
+    """
+    Compare a converted model, computing in float32 whatever its type, with stored numbers of the release.
+
+    Args:
+        reference: `input.input_ids`, `input.spatial_latents`, `input.pixel_values`, ... (what the VLM takes), and
+            `output.*` of float32: `logits` and `loss`, `logits_without_spatial` and `loss_without_spatial`,
+            `image_embeds` and `fused_image_embeds` (visual tokens before and after the adapter); `latents` of
+            `input.images`. Other outputs are passed over.
+
+    Returns:
+        The largest absolute difference of each output that was compared.
+
+    Raises:
+        ValueError: Outputs differ by more than `atol + rtol * |reference|`, or none could be compared.
+    """
+    inputs = under_prefix(reference, "input.")
+    with _in_float32(model):
+        outputs: dict[str, Any] = _outputs(model, inputs) if "input_ids" in inputs else {}
+        if "images" in inputs and model.spatial_encoder is not None:
+            outputs["latents"] = model.get_spatial_latents(inputs["images"])
+    return compare_outputs(outputs, reference, type(model).__name__, rtol, atol)
+
+
+def _outputs(model: Spa3VLM, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if "spatial_latents" not in inputs or "pixel_values" not in inputs:
+        raise ValueError(
+            f"the reference has input.{{{', '.join(sorted(inputs))}}}; expected input.pixel_values and "
+            "input.spatial_latents beside input.input_ids"
+        )
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    # What the processors of today give, and what those of the release's time had the model find out.
+    given = {"mm_token_type_ids": is_image.int(), **inputs}
+    given.pop("images", None)
+    latents = given.pop("spatial_latents")
+    fused, plain = model(**given, spatial_latents=latents), model(**given)
+    outputs = {"logits": fused.logits, "logits_without_spatial": plain.logits}
+    if "labels" in given:
+        outputs |= {"loss": fused.loss, "loss_without_spatial": plain.loss}
+    grids = {name: value for name, value in given.items() if name == "image_grid_thw"}
+    features = model.vlm.get_image_features(given["pixel_values"], **grids, return_dict=True).pooler_output
+    tokens = features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
+    outputs["image_embeds"] = tokens
+    if len(latents) == 1:
+        outputs["fused_image_embeds"] = model.adapter(tokens[None], latents)[0]
+    return outputs
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """While this lasts, parameters are float32; afterwards exactly what they were."""
+    before = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in before:
+            parameter.data = parameter.data.to(dtype)
+
+
+__all__ = ["compare_with_release", "convert_original_spa3_vlm", "infer_spatial_encoder_config"]

@@ -1,13 +1,13 @@
 """
 From the original checkpoints (the Spa3R release, VGGT-1B, DINOv3) to the models of this package.
 
-Strict: every key is used, or named in `IGNORED`; every parameter is filled, with the shape it must have.
+Strict: every key is used, or is one of `conversion_keys.IGNORED`; every parameter is filled, with the shape it must
+have.
 """
 
 import logging
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,88 +15,23 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, PreTrainedModel
 
 from .configuration_spa3r import Spa3RConfig
 from .configuration_spa3r_vggt import Spa3RVGGTConfig
+from .conversion_keys import (
+    DINOV3_KEYS,
+    SPA3R_KEYS,
+    VGGT_KEYS,
+    VGGT_PARTS,
+    Shapes,
+    fill_model,
+    keys_under,
+    rename_keys,
+    strip_prefix,
+    without_ignored,
+)
 from .modeling_spa3r import Spa3RForPreTraining
 from .modeling_spa3r_vggt import Spa3RVGGTModel
 
 
 logger = logging.getLogger(__name__)
-Model = TypeVar("Model", bound=PreTrainedModel)
-
-# Keys that are left out on purpose (matched from the start of the original key).
-IGNORED = {
-    r"track_head\.": "VGGT's point tracker, which Spa3R does not use",
-    r"(dino\.)?rope_embed\.periods$": "recomputed from rope_theta, after a check that it gives these periods",
-    r"(dino\.)?blocks\.\d+\.attn\.qkv\.bias_mask$": "constant, after a check that it masks the keys' bias only",
-    r"(dino\.)?local_cls_norm\.": "DINOv3's norm for local crops, used in its own training only",
-}
-
-_BLOCK = [
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"\.attn\.", ".attention."),
-    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-]
-_VGGT = [
-    (r"^aggregator\.(camera|register)_token$", r"\1_token"),
-    (r"^aggregator\.(frame|global)_blocks\.", r"\1_layers."),
-    (r"^aggregator\.patch_embed\.proj\.", "patch_embedding.projection."),
-    (
-        r"^aggregator\.patch_embed\.patch_embed\.proj\.",
-        "patch_embedding.dinov2.embeddings.patch_embeddings.projection.",
-    ),
-    (r"^aggregator\.patch_embed\.pos_embed$", "patch_embedding.dinov2.embeddings.position_embeddings"),
-    (r"^aggregator\.patch_embed\.(cls_token|mask_token|register_tokens)$", r"patch_embedding.dinov2.embeddings.\1"),
-    (r"^aggregator\.patch_embed\.blocks\.", "patch_embedding.dinov2.encoder.layer."),
-    (r"^aggregator\.patch_embed\.norm\.", "patch_embedding.dinov2.layernorm."),
-    (r"^camera_head\.empty_pose_tokens$", "camera_head.empty_pose"),
-    (r"^camera_head\.poseLN_modulation\.1\.", "camera_head.modulation."),
-    (r"^(depth|point)_head\.projects\.", r"\1_head.projections."),
-    (r"^(depth|point)_head\.resize_layers\.", r"\1_head.resizes."),
-    *((rf"^(depth|point)_head\.scratch\.layer{i + 1}_rn\.", rf"\1_head.scale_projections.{i}.") for i in range(4)),
-    *((rf"^(depth|point)_head\.scratch\.refinenet{i + 1}\.", rf"\1_head.fusion.{i}.") for i in range(4)),
-    (r"\.resConfUnit1\.", ".skip_unit."),
-    (r"\.resConfUnit2\.", ".unit."),
-    (r"\.out_conv\.", ".projection."),
-    (r"\.scratch\.output_conv1\.", ".out_conv1."),
-    (r"\.scratch\.output_conv2\.0\.", ".out_conv2."),
-    (r"\.scratch\.output_conv2\.2\.", ".out_conv3."),
-    *_BLOCK,
-]
-# What older versions of `transformers` call parts of their DINOv2 (saved files have these names with any version).
-_OLDER_DINOV2 = {
-    ".attention.q_proj.": ".attention.attention.query.",
-    ".attention.k_proj.": ".attention.attention.key.",
-    ".attention.v_proj.": ".attention.attention.value.",
-    ".attention.o_proj.": ".attention.output.dense.",
-}
-_DINOV3 = [
-    (r"^(cls_token|mask_token)$", r"embeddings.\1"),
-    (r"^storage_tokens$", "embeddings.register_tokens"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
-    (r"^blocks\.", "model.layer."),
-    (r"\.mlp\.fc1\.", ".mlp.up_proj."),
-    (r"\.mlp\.fc2\.", ".mlp.down_proj."),
-    *_BLOCK,
-]
-_SPA3R = [
-    (r"^projection\.", "spa3r.encoder.projection."),
-    (r"^query_embed\.weight$", "spa3r.encoder.queries"),
-    (r"^encoder\.blocks\.", "spa3r.encoder.layers."),
-    (r"^encoder\.(norm\.|register_tokens$)", r"spa3r.encoder.\1"),
-    (r"^decoder\.blocks\.", "decoder.layers."),
-    (r"^pose_tokenizer\.", "decoder.ray_embedding."),
-    (r"^heads\.geo\.", "geometric_head."),
-    (r"^heads\.sem\.", "semantic_head."),
-    (r"^depth_prob\.", "depth_head."),
-    *_BLOCK,
-]
-_VGGT_PARTS = ("aggregator.", "camera_head.", "depth_head.", "point_head.")
-
-
-def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str = "model.") -> dict[str, Tensor]:
-    """The same state dict without `prefix`, where every key has it."""
-    if state_dict and all(key.startswith(prefix) for key in state_dict):
-        return {key.removeprefix(prefix): value for key, value in state_dict.items()}
-    return dict(state_dict)
 
 
 def infer_vggt_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3RVGGTConfig:
@@ -106,7 +41,7 @@ def infer_vggt_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3R
     What shapes cannot tell is a default that `options` overrides: the camera head has as many attention heads as the
     aggregator, the dense heads read layers 4, 11, 17, 23 of 24 (of other depths, the last of each quarter).
     """
-    shapes = _Shapes(state_dict, "VGGT")
+    shapes = Shapes(state_dict, "VGGT")
     hidden_size, head_dim = (
         shapes["aggregator.camera_token"][-1],
         shapes["aggregator.frame_blocks.0.attn.q_norm.weight"][0],
@@ -150,7 +85,7 @@ def infer_vggt_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3R
 
 def infer_dinov3_config(state_dict: Mapping[str, Tensor], **options: Any) -> DINOv3ViTConfig:
     """Configuration of an original DINOv3 ViT state dict; `options` override what is inferred."""
-    shapes = _Shapes(state_dict, "DINOv3")
+    shapes = Shapes(state_dict, "DINOv3")
     hidden_size, patch_size = shapes["patch_embed.proj.weight"][0], shapes["patch_embed.proj.weight"][-1]
     settings: dict[str, Any] = {
         "hidden_size": hidden_size,
@@ -173,11 +108,11 @@ def infer_spa3r_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3
     backbone_options = options.pop("backbone_config", {})
     semantic_options = options.pop("semantic_config", {})
     state_dict = strip_prefix(state_dict)
-    shapes = _Shapes(state_dict, "Spa3R")
+    shapes = Shapes(state_dict, "Spa3R")
     hidden_size = shapes["projection.weight"][0]
     targets = {"geometric": "heads.geo.", "semantic": "heads.sem."}
     settings: dict[str, Any] = {
-        "backbone_config": infer_vggt_config(_part(state_dict, _VGGT_PARTS), **backbone_options),
+        "backbone_config": infer_vggt_config(keys_under(state_dict, VGGT_PARTS), **backbone_options),
         "hidden_size": hidden_size,
         "num_hidden_layers": shapes.count(r"encoder\.blocks\.(\d+)\."),
         "decoder_num_hidden_layers": shapes.count(r"decoder\.blocks\.(\d+)\."),
@@ -191,7 +126,7 @@ def infer_spa3r_config(state_dict: Mapping[str, Tensor], **options: Any) -> Spa3
         "masking_mode": "two_pass",
     }
     if "semantic" in settings["targets"]:
-        dinov3 = strip_prefix(_part(state_dict, ("dino.",)), "dino.")
+        dinov3 = strip_prefix(keys_under(state_dict, ("dino.",)), "dino.")
         settings["semantic_config"] = infer_dinov3_config(dinov3, **semantic_options)
     return Spa3RConfig(**(settings | options))
 
@@ -204,14 +139,16 @@ def convert_original_vggt(state_dict: Mapping[str, Tensor], config: Spa3RVGGTCon
         ValueError: Keys are left over or missing, shapes differ, or `config` names the other q/k norm.
     """
     state_dict = strip_prefix(state_dict)
-    return _fill(Spa3RVGGTModel(config or infer_vggt_config(state_dict)), _convert_vggt(_without_ignored(state_dict)))
+    return fill_model(
+        Spa3RVGGTModel(config or infer_vggt_config(state_dict)), _convert_vggt(without_ignored(state_dict))
+    )
 
 
 def convert_original_dinov3(state_dict: Mapping[str, Tensor], config: DINOv3ViTConfig | None = None) -> DINOv3ViTModel:
     """DINOv3 ViT from its original state dict; errors as in `convert_original_vggt`."""
     state_dict = strip_prefix(state_dict)
     config = config or infer_dinov3_config(state_dict)
-    return _fill(DINOv3ViTModel(config), _convert_dinov3(state_dict, config))
+    return fill_model(DINOv3ViTModel(config), _convert_dinov3(state_dict, config))
 
 
 def convert_original_spa3r(state_dict: Mapping[str, Tensor], config: Spa3RConfig | None = None) -> Spa3RForPreTraining:
@@ -227,13 +164,13 @@ def convert_original_spa3r(state_dict: Mapping[str, Tensor], config: Spa3RConfig
     """
     state_dict = strip_prefix(state_dict)
     config = config or infer_spa3r_config(state_dict)
-    converted = {f"spa3r.backbone.{k}": v for k, v in _convert_vggt(_part(state_dict, _VGGT_PARTS)).items()}
-    dinov3 = strip_prefix(_part(state_dict, ("dino.",)), "dino.")
+    converted = {f"spa3r.backbone.{k}": v for k, v in _convert_vggt(keys_under(state_dict, VGGT_PARTS)).items()}
+    dinov3 = strip_prefix(keys_under(state_dict, ("dino.",)), "dino.")
     if dinov3:
         converted |= {f"semantic_teacher.{k}": v for k, v in _convert_dinov3(dinov3, config.semantic_config).items()}
-    own = {key: value for key, value in state_dict.items() if not key.startswith((*_VGGT_PARTS, "dino."))}
-    converted |= _rename(_without_ignored(own), _SPA3R)
-    return _fill(Spa3RForPreTraining(config), converted)
+    own = {key: value for key, value in state_dict.items() if not key.startswith((*VGGT_PARTS, "dino."))}
+    converted |= rename_keys(without_ignored(own), SPA3R_KEYS)
+    return fill_model(Spa3RForPreTraining(config), converted)
 
 
 @torch.no_grad()
@@ -295,6 +232,13 @@ def compare_with_reference(
     if "input.images" not in reference:
         raise ValueError(f"the reference has no input.images; its keys begin with {sorted(reference)[:5]}")
     outputs = reference_outputs(model, reference["input.images"], reference.get("input.view_mask"))
+    return compare_outputs(outputs, reference, type(model).__name__, rtol, atol)
+
+
+def compare_outputs(
+    outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor], model_name: str, rtol: float, atol: float
+) -> dict[str, float]:
+    """The comparison of `compare_with_reference`, of outputs that were computed already."""
     differences, wrong = {}, []
     for name, output in outputs.items():
         if (expected := reference.get(f"output.{name}")) is None:
@@ -308,7 +252,7 @@ def compare_with_reference(
             wrong.append(f"{name} differs by up to {differences[name]:.3g}")
     if wrong or not differences:
         raise ValueError(
-            f"{type(model).__name__} does not agree with the reference (rtol {rtol}, atol {atol}): "
+            f"{model_name} does not agree with the reference (rtol {rtol}, atol {atol}): "
             + ("; ".join(wrong) or f"it computes none of {sorted(k for k in reference if k.startswith('output.'))}")
         )
     return differences
@@ -341,62 +285,8 @@ def _training_outputs(model: Spa3RForPreTraining, images: Tensor, view_mask: Ten
     return outputs
 
 
-class _Shapes(Mapping[str, torch.Size]):
-    """Shapes of a state dict; a key that is missing says what the checkpoint should have been."""
-
-    def __init__(self, state_dict: Mapping[str, Tensor], kind: str):
-        self.state_dict, self.kind = state_dict, kind
-
-    def __getitem__(self, key: str) -> torch.Size:
-        if key not in self.state_dict:
-            found = sorted(self.state_dict)[:5]
-            raise ValueError(
-                f"not an original {self.kind} checkpoint: it has no key {key}; its {len(self.state_dict)} keys begin "
-                f"with {found}"
-            )
-        return self.state_dict[key].shape
-
-    def __iter__(self):
-        return iter(self.state_dict)
-
-    def __len__(self) -> int:
-        return len(self.state_dict)
-
-    def count(self, pattern: str) -> int:
-        """1 + the largest number that `pattern` finds at the start of a key."""
-        found = [int(match.group(1)) for key in self.state_dict if (match := re.match(pattern, key))]
-        if not found:
-            raise ValueError(f"not an original {self.kind} checkpoint: no key matches {pattern}")
-        return 1 + max(found)
-
-
-def _part(state_dict: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, Tensor]:
-    return {key: value for key, value in state_dict.items() if key.startswith(tuple(prefixes))}
-
-
-def _without_ignored(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    kept = {key: value for key, value in state_dict.items() if not any(re.match(p, key) for p in IGNORED)}
-    if len(kept) < len(state_dict):
-        logger.info("left out on purpose: %s", sorted(set(state_dict) - set(kept)))
-    return kept
-
-
-def _rename(state_dict: Mapping[str, Tensor], rules: list[tuple[str, str]]) -> dict[str, Tensor]:
-    """Apply all rules to each key, in their order, and split the fused query-key-value projections."""
-    renamed = {}
-    for key, value in state_dict.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        if ".attention.qkv." in key:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[key.replace(".qkv.", f".{name}_proj.")] = part
-        else:
-            renamed[key] = value
-    return renamed
-
-
 def _convert_vggt(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _rename(state_dict, _VGGT)
+    return rename_keys(state_dict, VGGT_KEYS)
 
 
 def _convert_dinov3(state_dict: Mapping[str, Tensor], config: DINOv3ViTConfig) -> dict[str, Tensor]:
@@ -414,40 +304,6 @@ def _convert_dinov3(state_dict: Mapping[str, Tensor], config: DINOv3ViTConfig) -
             q, k, v = mask.nan_to_num().chunk(3)
             if not ((q == 1).all() and (k == 0).all() and (v == 1).all()):
                 raise ValueError(f"DINOv3 {key} masks more than the keys' bias; expected ones, zeros, ones")
-    renamed = _rename(_without_ignored(state_dict), _DINOV3)
+    renamed = rename_keys(without_ignored(state_dict), DINOV3_KEYS)
     # The bias of the keys is masked, and has no place in the converted model.
     return {key: value for key, value in renamed.items() if not key.endswith(".k_proj.bias")}
-
-
-def _name_in_this_version(key: str, expected: Mapping[str, Tensor]) -> str:
-    if key not in expected and "patch_embedding.dinov2." in key:
-        for newer, older in _OLDER_DINOV2.items():
-            if key.replace(newer, older) in expected:
-                return key.replace(newer, older)
-    return key
-
-
-def _squeezed(shape: torch.Size) -> list[int]:
-    return [n for n in shape if n != 1]
-
-
-def _fill(model: Model, converted: Mapping[str, Tensor]) -> Model:
-    """Load strictly, with every difference named. Extra axes of length one, as in (1, 2, 1, C) tokens, are dropped."""
-    expected = model.state_dict()
-    converted = {_name_in_this_version(key, expected): value for key, value in converted.items()}
-    differences = {
-        "left over": sorted(set(converted) - set(expected)),
-        "missing": sorted(set(expected) - set(converted)),
-        "of another shape": [
-            f"{key}: {tuple(converted[key].shape)} instead of {tuple(expected[key].shape)}"
-            for key in sorted(set(expected) & set(converted))
-            if _squeezed(converted[key].shape) != _squeezed(expected[key].shape)
-        ],
-    }
-    if any(differences.values()):
-        raise ValueError(
-            f"the checkpoint does not fit {type(model).__name__}: "
-            + "; ".join(f"{len(keys)} {what}: {keys[:8]}" for what, keys in differences.items() if keys)
-        )
-    model.load_state_dict({key: value.reshape(expected[key].shape) for key, value in converted.items()})
-    return model.eval()

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from .psfm_data import sample_view_mask, sample_views
+from .psfm_data import PSFMBatchSampler, sample_view_mask, sample_views
 from .rooms_walks import RoomWalks
+from .scenes import check_frame_step
 
 
 # First seeds of the splits. No split reaches the next one.
@@ -41,9 +42,13 @@ class RoomGeometryDataset(Dataset[dict[str, Any]]):
         walks: The rooms.
         seed: Of all draws.
         frame_step: Lowest and highest distance between the views of a sample, in views of the walk.
+
+    Raises:
+        ValueError: `frame_step` is out of range.
     """
 
     def __init__(self, walks: RoomWalks, seed: int = 0, frame_step: tuple[int, int] = (1, 4)):
+        check_frame_step(frame_step, "rooms")
         self.walks = walks
         self.seed = seed
         self.frame_step = frame_step
@@ -71,6 +76,20 @@ class RoomGeometryDataset(Dataset[dict[str, Any]]):
             default_collate([self[0, index, num_views] for index in indices[start : start + size]])
             for start in indices[::size]
         ]
+
+
+def room_batch_sampler(
+    dataset: RoomGeometryDataset, images_per_batch: int, views: tuple[int, int], batches_per_step: int
+) -> PSFMBatchSampler:
+    """
+    Batches of all rooms of a data set, with its seed; see `PSFMBatchSampler`.
+
+    Raises:
+        ValueError: A number is out of range; a sample has no more views than a walk.
+    """
+    if views[1] > dataset.walks.num_views:
+        raise ValueError(f"views is {views}; expected at most {dataset.walks.num_views}, the views of a walk")
+    return PSFMBatchSampler(len(dataset), images_per_batch, views, batches_per_step, dataset.seed)
 
 
 def room_batches(dataset: RoomGeometryDataset, num_views: int, mask_ratio: float = 0.5) -> list[dict[str, Any]]:

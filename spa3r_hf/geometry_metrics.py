@@ -55,10 +55,10 @@ def evaluate_geometry(model: Spa3RVGGTModel, batches: Iterable[Mapping[str, Tens
 
     Returns:
         Scores of the `model` and of the `baseline` (every pose the identity, every depth the mean of all):
-        `rotation_acc_{5,15,30}`, `translation_acc_{5,15,30}` and `auc_30` (of the larger of the two angles) in [0, 1],
-        over all pairs of views, translations of those over 0.3 m apart; `rotation_median` in degrees; `depth_abs_rel`
-        and `depth_delta_1.25` after median scaling of each scene; `point_error` in metres, of the points in the first
-        camera's frame after the same scaling.
+        `rotation_acc_{5,15,30}` in [0, 1] and `rotation_median` in degrees, over all pairs of views;
+        `translation_acc_{5,15,30}` and `auc_30` (of the larger of the two angles) in [0, 1], over those more than
+        `MIN_BASELINE` apart; `depth_abs_rel` and `depth_delta_1.25` after median scaling of each scene; `point_error`
+        in metres, of the points in the first camera's frame, after scaling their median distance from it.
     """
     collected: dict[str, dict[str, list[Tensor]]] = {"model": defaultdict(list), "baseline": defaultdict(list)}
     for batch in batches:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .geometry_metrics import MIN_BASELINE
-from .model_card import markdown_table, write_teacher_card
+from .model_card import markdown_table, measured, paragraph, write_teacher_card
 from .modeling_spa3r_vggt import Spa3RVGGTModel
 from .visualization_geometry import depth_sheet, draw_points, save_ply
 
@@ -49,19 +49,28 @@ def write_geometry_report(
     run: Mapping[str, Any],
 ) -> None:
     """Write `eval.json`, `run.json`, pictures of the batch's first scene, and the card to `folder`."""
+    if model.config.use_depth_head and model.config.use_point_head:
+        draw_geometry(model, batch, folder / "pictures")
+    write_geometry_card(folder, scores, run)
+
+
+def write_geometry_card(folder: Path, scores: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Write `eval.json`, `run.json` and the card to `folder`; it shows the pictures that are there."""
     for name, content in (("eval.json", scores), ("run.json", run)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     pictures = ""
-    if model.config.use_depth_head and model.config.use_point_head:
-        draw_geometry(model, batch, folder / "pictures")
+    metrics: dict[str, str] = {}
+    if (folder / "pictures" / "points.ply").exists():
         pictures = (
             "\n![depth of a held-out room](pictures/depth.png)\n\n![its points](pictures/points.png)\n\n"
             "The points are in [pictures/points.ply](pictures/points.ply) too.\n"
         )
+    for views, of_views in scores.items():
+        metrics |= {f"{views}.model.{key}": f"{key}, {views.replace('_', ' ')}" for key in of_views["model"]}
     write_teacher_card(
         folder,
         run,
-        summary=(
+        summary=paragraph(
             "A small VGGT ([arXiv 2503.11651](https://arxiv.org/abs/2503.11651)): cameras, depth and points from a "
             "few pictures of a room. It was trained on procedural rooms from scratch, and knows nothing else."
         ),
@@ -73,11 +82,13 @@ model = AutoModel.from_pretrained("{run["name"]}")
 processor = AutoImageProcessor.from_pretrained("{run["name"]}")
 scene = model(**processor(pictures, return_tensors="pt"), output_cameras=True, output_depth=True)
 scene.extrinsics, scene.intrinsics, scene.depth  # camera <- world = first camera; pixels; scene units""",
-        results=(
+        results=paragraph(
             f"On {run['held_out']}. Angles of pairs of views in degrees; directions of translation of pairs over "
             f"{MIN_BASELINE} m apart; depth and points after median scaling, points in metres. The baseline takes "
-            f"every pose for the identity and every depth for the mean.\n\n{geometry_table(scores)}\n{pictures}"
-        ),
+            "every pose for the identity and every depth for the mean."
+        )
+        + f"\n\n{geometry_table(scores)}\n{pictures}",
+        eval_results=measured(scores, metrics, task="depth-estimation", data=f"procedural rooms, {run['held_out']}"),
         tags=["vggt", "3d", "depth-estimation", "camera-pose-estimation"],
         pipeline_tag="depth-estimation",
     )

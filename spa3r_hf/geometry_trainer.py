@@ -51,6 +51,8 @@ class GeometryTrainer(SceneTrainer):
         return (loss, output) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         # The Trainer goes on from a checkpoint by the names of today; the library saves DINOv2 under those of old.
         is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
@@ -61,15 +63,11 @@ class GeometryTrainer(SceneTrainer):
 
     def score(self) -> dict[str, dict[str, dict[str, float]]]:
         """`evaluate_geometry` on each list of batches of `eval_dataset`."""
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        scores = {
-            name: evaluate_geometry(model, map(self._prepare_inputs, batches))
-            for name, batches in self.eval_dataset.items()
-        }
-        model.train(was_training)
-        return scores
+        with self.evaluated_model() as model:
+            return {
+                name: evaluate_geometry(model, map(self._prepare_inputs, batches))
+                for name, batches in self.eval_dataset.items()
+            }
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         numbers = {

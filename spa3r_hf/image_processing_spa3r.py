@@ -174,6 +174,8 @@ def to_rgb(view: Any, name: str) -> Image.Image:
         view = _array_to_picture(view, name)
     if not isinstance(view, Image.Image):
         raise ValueError(f"{name} is a {type(view).__name__}; expected a PIL picture, an array or a tensor")
+    if 0 in view.size:
+        raise ValueError(f"{name} is {view.width} x {view.height} pixels; expected at least one")
     if view.mode[0] in "IF":
         raise ValueError(f"{name} has PIL mode {view.mode!r}; expected 8 bits per channel")
     try:

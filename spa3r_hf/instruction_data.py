@@ -46,13 +46,21 @@ class Instruction:
         Raises:
             BadSampleError: It cannot be used.
         """
-        record = self.record
-        if isinstance(record, bytes):
-            try:
-                record = json.loads(record)
-            except ValueError as error:
-                raise BadSampleError(f"{self.name} is no JSON: {error}") from error
-        return messages_of(record, self.media_dir, self.name)
+        return messages_of(self._parsed(), self.media_dir, self.name)
+
+    @property
+    def question_type(self) -> Any:
+        """What the record says of its question's type, if anything; raises as `messages` does."""
+        record = self._parsed()
+        return record.get("question_type") if isinstance(record, Mapping) else None
+
+    def _parsed(self) -> Any:
+        if not isinstance(self.record, bytes):
+            return self.record
+        try:
+            return json.loads(self.record)
+        except ValueError as error:
+            raise BadSampleError(f"{self.name} is no JSON: {error}") from error
 
 
 def messages_of(record: Any, media_dir: Path, name: str) -> list[dict[str, Any]]:
@@ -304,7 +312,14 @@ def question_records(
         turns = (("human", "<video>" + question.prompt), ("gpt", question.ground_truth))
         conversations = [{"from": speaker, "value": text} for speaker, text in turns]
         video = os.fspath(video_of(row["scene_name"]))
-        records.append({"id": question.id, "conversations": conversations, "video": video})
+        records.append(
+            {
+                "id": question.id,
+                "question_type": question.question_type,
+                "conversations": conversations,
+                "video": video,
+            }
+        )
     return records
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .modeling_spa3_vlm_adapters import backbone_of
+from .modeling_spa3_vlm_adapters import backbone_of, encode_scenes
 from .modeling_spa3r import Spa3RModel
 from .modeling_spa3r_vggt import Spa3RVGGTModel
 
@@ -167,16 +167,9 @@ class SceneEncoder:
         self.encoder.to(device)  # type: ignore[arg-type]
         return self
 
-    @torch.no_grad()
     def encode(self, views: Tensor) -> Tensor:
         """A scene's views (V, 3, H, W) -> (K, D): its latents, or the backbone's features of all patches."""
-        parameter = next(self.encoder.parameters())
-        views = views[None].to(parameter.device, parameter.dtype)
-        with torch.autocast(parameter.device.type, enabled=False):
-            if self.spatial_features == "latents":
-                return self.encoder(views).latents[0]
-            backbone = backbone_of(self.encoder)
-            return backbone(views).last_hidden_state[0, :, backbone.config.num_prefix_tokens :].flatten(0, 1)
+        return encode_scenes(self.encoder, views[None], self.spatial_features)[0]
 
     def complete(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """

@@ -146,6 +146,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
+    """As the library calls one: output (batch, L, heads, head_dim) and weights. Nothing here has a mask or dropout."""
     weights = torch.softmax(query @ key.mT * scaling, dim=-1)
     return (weights @ value).transpose(1, 2), weights
 
@@ -192,6 +193,9 @@ class Spa3RAttention(nn.Module):
             queries: Tokens that ask; all tokens are asked. The output holds the tokens that ask.
             num_context_tokens: The first so many tokens are context, the rest are target: context sees context only,
                 target sees all. Two attention calls do this without a mask.
+
+        Returns:
+            (batch, tokens that ask, hidden_size), and the weights (batch, heads, tokens that ask, L) where eager.
         """
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states[:, queries]).unflatten(-1, heads[2:]).transpose(1, 2)

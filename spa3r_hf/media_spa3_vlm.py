@@ -62,6 +62,23 @@ class FrameSampling:
         return np.unique(np.searchsorted(seconds, times, side="right") - 1).tolist()
 
 
+@dataclass(frozen=True)
+class View:
+    """
+    A view, not opened yet: calling it opens it, as an upright RGB picture.
+
+    Attributes:
+        name: For people: the file's name; of a video, the file's and when the frame is shown.
+        open: What opens it.
+    """
+
+    name: str
+    open: Callable[[], Image.Image]
+
+    def __call__(self) -> Image.Image:
+        return self.open()
+
+
 @dataclass
 class SampleViews:
     """
@@ -69,12 +86,12 @@ class SampleViews:
 
     Attributes:
         messages: The messages, their contents lists, with a bare `{"type": "image"}` in the place of every view.
-        views: Functions that open them, as upright RGB pictures, in the order of their places.
+        views: The views, in the order of their places.
         scenes: What names the scene of each view.
     """
 
     messages: list[dict[str, Any]]
-    views: list[Callable[[], Image.Image]] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
     scenes: list[Hashable] = field(default_factory=list)
 
 
@@ -134,8 +151,11 @@ def _read_entry(entry: Any, sample: SampleViews, sampling: FrameSampling, where:
     scene = entry.get("scene")
     if not isinstance(scene, Hashable):
         raise BadSampleError(f"{where} has scene {scene!r}; expected a name or a number")
-    is_picture = kind == "image"
-    views = [partial(open_picture, media, where)] if is_picture else find_frames(media, sampling, where)
+    if kind == "image":
+        title = Path(media).name if isinstance(media, str | Path) else "picture"
+        views = [View(title, partial(open_picture, media, where))]
+    else:
+        views = find_frames(media, sampling, where)
     sample.views += views
     sample.scenes += [scene] * len(views)
     return [{"type": "image"} for _ in views]
@@ -157,9 +177,9 @@ def open_picture(media: Any, name: str) -> Image.Image:
         raise BadSampleError(str(error)) from error
 
 
-def find_frames(media: Any, sampling: FrameSampling, name: str) -> list[Callable[[], Image.Image]]:
+def find_frames(media: Any, sampling: FrameSampling, name: str) -> list[View]:
     """
-    Functions that open the frames of a video that are seen, as upright RGB pictures.
+    The frames of a video that are seen.
 
     Args:
         media: Path of a video or of a folder of pictures in natural order, or a sequence of pictures as `open_picture`
@@ -184,10 +204,33 @@ def find_frames(media: Any, sampling: FrameSampling, name: str) -> list[Callable
     if not len(frames):
         raise BadSampleError(f"{name} is a video with no frames; expected at least one")
     chosen = sampling.choose(len(frames), getattr(frames, "seconds", None))
-    return [partial(_open_frame, frames, index, f"{name}, frame {index}") for index in chosen]
+    source = _FramesTogether(frames, chosen) if isinstance(frames, VideoFrames) else frames
+    return [
+        View(_title(frames, index), partial(_open_frame, source, index, f"{name}, frame {index}")) for index in chosen
+    ]
 
 
-def _open_frame(frames: Sequence[Any], index: int, name: str) -> Image.Image:
+def _title(frames: Sequence[Any], index: int) -> str:
+    if isinstance(frames, VideoFrames):
+        return f"{frames.path.name} at {frames.seconds[index]:.2f} s"
+    file = frames.files[index] if isinstance(frames, LazyImages) else None
+    return file.name if isinstance(file, Path) else f"frame {index}"
+
+
+class _FramesTogether:
+    """Frames of a video, all decoded when one of them is opened, and each kept until it is opened itself."""
+
+    def __init__(self, video: VideoFrames, indices: Sequence[int]):
+        self._video, self._indices = video, indices
+        self._waiting: dict[int, Image.Image] = {}
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if index not in self._waiting:
+            self._waiting = dict(zip(self._indices, self._video.pictures(self._indices), strict=True))
+        return self._waiting.pop(index)
+
+
+def _open_frame(frames: Sequence[Any] | _FramesTogether, index: int, name: str) -> Image.Image:
     return open_picture(frames[index], name)
 
 
@@ -197,7 +240,11 @@ def _existing(media: str | Path, name: str) -> Path:
         if "://" in media or media.startswith("data:"):
             raise BadSampleError(f"{name} is at {media[:80]!r}; expected the path of a file, or the picture itself")
     path = Path(media)
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise BadSampleError(f"{name}: {str(path)[:80]!r} cannot be opened: {error.strerror}") from error
+    if not exists:
         raise FileNotFoundError(f"{name}: {path} does not exist")
     return path
 
@@ -320,6 +367,7 @@ def _shape(pixels: np.ndarray) -> str:
 __all__ = [
     "FrameSampling",
     "SampleViews",
+    "View",
     "find_frames",
     "number_scenes",
     "open_picture",

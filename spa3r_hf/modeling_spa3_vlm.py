@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .adapter_spa3_vlm import SceneReading, assign_scenes, idle_inputs
+from .adapter_spa3_vlm import assign_scenes, idle_inputs
 from .checkpoint_spa3_vlm import (
     SPATIAL_ENCODER_FOLDER,
     VLM_FOLDER,
@@ -29,13 +29,14 @@ from .checkpoint_spa3_vlm import (
     write_adapter,
 )
 from .configuration_spa3_vlm import Spa3AdapterConfig
+from .fusion_spa3_vlm import SceneReading, Scenes, check_scenes
 from .lora_spa3_vlm import fill_lora, lora_state_dict, plain_key, vlm_is_trained, without_lora
-from .modeling_spa3_vlm_adapters import Spa3AdapterModel, backbone_of, features_owner
+from .modeling_spa3_vlm_adapters import Spa3AdapterModel, encode_scenes, features_owner
 
 
 logger = logging.get_logger(__name__)
 
-Scenes = Tensor | Sequence[Tensor | None]
+_SPATIAL_INPUTS = ("pixel_values", "latents", "scene_ids")
 
 
 class Spa3VLM(Spa3AdapterModel):
@@ -85,26 +86,19 @@ class Spa3VLM(Spa3AdapterModel):
             raise ValueError(
                 "spatial_pixel_values are given, but there is no spatial encoder; expected spatial_latents"
             )
+        features = self.adapter_config.spatial_features
         if isinstance(spatial_pixel_values, Tensor):
-            return self._encode(spatial_pixel_values)
+            return encode_scenes(self.spatial_encoder, spatial_pixel_values, features)
         alike: dict[torch.Size, dict[int, Tensor]] = {}
         for scene, views in enumerate(spatial_pixel_values):
             if views is not None:
                 alike.setdefault(views.shape, {})[scene] = views
         latents: list[Tensor | None] = [None] * len(spatial_pixel_values)
         for scenes in alike.values():
-            for scene, tokens in zip(scenes, self._encode(torch.stack(list(scenes.values()))), strict=True):
+            encoded = encode_scenes(self.spatial_encoder, torch.stack(list(scenes.values())), features)
+            for scene, tokens in zip(scenes, encoded, strict=True):
                 latents[scene] = tokens
         return latents
-
-    @torch.no_grad()
-    def _encode(self, views: Tensor) -> Tensor:
-        encoder = self.spatial_encoder
-        views = views.to(next(encoder.parameters()).device)
-        if self.adapter_config.spatial_features == "latents":
-            return encoder(views).latents
-        backbone = backbone_of(encoder)
-        return backbone(views).last_hidden_state[:, :, backbone.config.num_prefix_tokens :].flatten(1, 2)
 
     def forward(
         self,
@@ -163,10 +157,12 @@ class Spa3VLM(Spa3AdapterModel):
         Raises:
             ValueError: As in `forward`.
         """
-        spatial = [kwargs.pop(f"spatial_{name}", None) for name in ("pixel_values", "latents", "scene_ids")]
+        spatial = [kwargs.pop(f"spatial_{name}", None) for name in _SPATIAL_INPUTS]
         prompts = kwargs.pop("input_ids", inputs)
         arguments = kwargs if prompts is None else {"input_ids": prompts, **kwargs}
         reading = self._reading(arguments, *spatial)
+        if reading is not None:
+            reading.may_repeat = True
         if reading is None or reading.sequence is None:
             with self._fusing(reading):
                 return self.vlm.generate(**arguments)
@@ -193,6 +189,9 @@ class Spa3VLM(Spa3AdapterModel):
         scene_ids: Tensor | Sequence[int] | None,
     ) -> SceneReading | None:
         """What the visual tokens of `inputs` read, if anything. Where scenes are appended, `inputs` become longer."""
+        if unknown := sorted(name for name in inputs if name.startswith("spatial_")):
+            known = ", ".join(f"spatial_{name}" for name in _SPATIAL_INPUTS)
+            raise TypeError(f"{unknown} are given; expected {known}")
         self._warn_of_lost_positions(inputs)
         given, name = (pixel_values, "spatial_pixel_values") if latents is None else (latents, "spatial_latents")
         if self._is_disabled or given is None:
@@ -204,7 +203,9 @@ class Spa3VLM(Spa3AdapterModel):
         input_ids = inputs.get("input_ids")
         if input_ids is None:
             raise ValueError("input_ids are not given; expected them, as they say which image is whose")
-        self._check_scenes(given, name)
+        config = self.adapter_config
+        reader = f"adapter {self.active_adapter!r} reads {config.spatial_features} of that width"
+        check_scenes(given, name, config.spatial_hidden_size, reader)
         is_image = input_ids == self.vlm.config.image_token_id
         if not is_image.any():
             # Text, or what a user's own loop feeds one token after the other.
@@ -218,7 +219,7 @@ class Spa3VLM(Spa3AdapterModel):
         tokens = self.get_spatial_latents(given) if latents is None else latents
         home = next(self.adapter.parameters()).device
         reading = SceneReading(is_image, scenes, [None if scene is None else scene.to(home) for scene in tokens])
-        if self.adapter_config.integration == "append":
+        if config.integration == "append":
             padding = getattr(self.vlm.config.get_text_config(), "pad_token_id", None) or 0
             inputs.update(reading.extend_inputs(inputs, self.vlm.config.image_token_id, padding))
         return reading
@@ -232,57 +233,15 @@ class Spa3VLM(Spa3AdapterModel):
                     "an image as a line of text, not as its rows and columns; expected what its processor gives"
                 )
 
-    def _check_scenes(self, scenes: Scenes, name: str) -> None:
-        size = self.adapter_config.spatial_hidden_size
-        shape = f"tokens, {size}" if name == "spatial_latents" else "views, 3, height, width"
-        ndim = shape.count(",") + 1
-        if isinstance(scenes, Tensor):
-            shapes = [tuple(scenes.shape[1:])]
-        else:
-            shapes = [tuple(scene.shape) for scene in scenes if scene is not None]
-        for found in shapes:
-            if len(found) != ndim or 0 in found:
-                raise ValueError(f"{name} hold a scene of shape {found}; expected ({shape}) for each scene")
-            if name == "spatial_latents" and found[-1] != size:
-                raise ValueError(
-                    f"{name} are {found[-1]} wide; expected {size}, as adapter {self.active_adapter!r} reads "
-                    f"{self.adapter_config.spatial_features} of that width"
-                )
-
     @contextmanager
     def _fusing(self, reading: SceneReading | None) -> Iterator[None]:
-        """
-        While this lasts, this VLM's visual tokens pass through the active adapter.
-
-        The method is replaced on the instance, and only for so long: a copy, a saved file or another thread's model
-        never has the replacement.
-        """
+        """While this lasts, this VLM's visual tokens pass through the active adapter."""
         if reading is None:
             yield
             return
-        owner: Any = features_owner(self.vlm)
-        adapter, hidden_size = self.adapter, self.adapter_config.hidden_size
-        compute, is_own = owner.get_image_features, "get_image_features" in vars(owner)
-
-        @functools.wraps(compute)
-        def get_image_features(*args: Any, **kwargs: Any) -> ModelOutput:
-            return reading.fuse(adapter, compute(*args, **kwargs), hidden_size)
-
-        def count_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            # `generate` may have made several rows of each before the VLM computes its visual tokens.
-            rows = kwargs.get("input_ids")
-            reading.num_rows = reading.num_rows if rows is None else len(rows)
-
-        owner.get_image_features = get_image_features
-        hook = self.vlm.register_forward_pre_hook(count_rows, with_kwargs=True)
-        try:
+        fuse = functools.partial(reading.fuse, self.adapter, hidden_size=self.adapter_config.hidden_size)
+        with self._fused_features.standing_in(features_owner(self.vlm), fuse):
             yield
-        finally:
-            hook.remove()
-            if is_own:
-                owner.get_image_features = compute
-            else:
-                del owner.get_image_features
         if not reading.is_done:
             raise ValueError(
                 f"scenes and image placeholders are given, but {type(self.vlm).__name__} computed no visual tokens; "

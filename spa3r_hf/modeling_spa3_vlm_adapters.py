@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .adapter_spa3_vlm import build_adapter
 from .checkpoint_spa3_vlm import check_weights, name_of, read_adapter, revision_of
 from .configuration_spa3_vlm import Spa3AdapterConfig
+from .fusion_spa3_vlm import FusedFeatures
 from .lora_spa3_vlm import add_lora, delete_lora, has_lora, switch_lora
 from .modeling_spa3r import Spa3RForPreTraining, Spa3RModel
 from .modeling_spa3r_vggt import Spa3RVGGTModel
@@ -37,6 +38,39 @@ def _spatial_hidden_size(encoder: Spa3RModel | Spa3RVGGTModel, spatial_features:
 
 def backbone_of(encoder: Spa3RModel | Spa3RVGGTModel) -> Spa3RVGGTModel:
     return encoder if isinstance(encoder, Spa3RVGGTModel) else encoder.backbone
+
+
+@torch.no_grad()
+def encode_scenes(encoder: Spa3RModel | Spa3RVGGTModel, views: Tensor, spatial_features: str) -> Tensor:
+    """
+    What a spatial encoder makes of S scenes, in its own type, within autocast as well.
+
+    Args:
+        encoder: The spatial encoder.
+        views: (S, V, 3, H, W) in [0, 1].
+        spatial_features: See `Spa3AdapterConfig`.
+
+    Returns:
+        (S, Q, D), latents, or (S, V * N, 2C), the backbone's features of all patches.
+
+    Raises:
+        ValueError: The views are no such pixels.
+    """
+    if views.numel() and not torch.compiler.is_compiling():
+        low, high = (float(value) for value in views.aminmax())
+        # A little more may come of resizing. (NaN, which the encoder names, is neither.)
+        if not views.is_floating_point() or low < -0.1 or high > 1.1:
+            raise ValueError(
+                f"the pixels of scenes are {views.dtype} from {low:.3g} to {high:.3g}; expected floating point "
+                "numbers in [0, 1], as Spa3RImageProcessor gives them"
+            )
+    device = next(encoder.parameters()).device
+    views = views.to(device)
+    with torch.autocast(device.type, enabled=False):
+        if spatial_features == "latents":
+            return encoder(views).latents
+        backbone = backbone_of(encoder)
+        return backbone(views).last_hidden_state[:, :, backbone.config.num_prefix_tokens :].flatten(1, 2)
 
 
 def _check_encoder(encoder: nn.Module | None) -> Spa3RModel | Spa3RVGGTModel | None:
@@ -98,6 +132,7 @@ class Spa3AdapterModel(nn.Module):
         self.adapter_configs: dict[str, Spa3AdapterConfig] = {}
         self.active_adapter = ""
         self._is_disabled = False
+        self._fused_features = FusedFeatures()
         self.train(vlm.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -228,6 +263,18 @@ class Spa3AdapterModel(nn.Module):
         devices = (parameter.device for parameter in self.vlm.parameters())
         return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "an adapter of Spa3-VLM cannot be merged into the VLM, as what it adds to a visual token depends on the "
+            "scene that the token reads; expected it to be kept beside the VLM (save_pretrained)"
+        )
+
+    merge_and_unload = merge_adapter
+
     def _check_name(self, name: str) -> None:
         if name not in self.adapters:
             raise ValueError(f"there is no adapter {name!r}; expected one of {list(self.adapters)}")
@@ -290,4 +337,4 @@ class Spa3AdapterModel(nn.Module):
         return replace(config, **{name: value for name, value in filled.items() if getattr(config, name) is None})
 
 
-__all__ = ["Spa3AdapterModel"]
+__all__ = ["Spa3AdapterModel", "backbone_of", "encode_scenes"]

@@ -94,20 +94,17 @@ class Spa3RDecoderOutput(ModelOutput):
 
 
 @dataclass
-class Spa3RTeacherOutput(ModelOutput):
+class Spa3RTargetOutput(ModelOutput):
     r"""
-    context_tokens (`torch.Tensor` of shape `(B, V_context, 1 + registers + N, 2C)`):
-        Last-layer backbone tokens of the context views, which the encoder reads.
     geometric_target (`torch.Tensor` of shape `(B, V, N, 2C)`), semantic_target (`(B, V, N, semantic width)`),
     depth_target (`torch.Tensor` of shape `(B, V, N, 1)`):
         What the frozen teachers say of the views, as far as the config asks for it.
     view_mask (`torch.Tensor` of shape `(B, V)`):
         True = target view.
     extrinsics (`torch.Tensor` of shape `(B, V, 3, 4)`), intrinsics (`torch.Tensor` of shape `(B, V, 3, 3)`):
-        Camera <- world, OpenCV, world = first camera, scene units; pixels.
+        The cameras decoded with: camera <- world, OpenCV, world = first camera, scene units; pixels.
     """
 
-    context_tokens: Tensor | None = None
     geometric_target: Tensor | None = None
     semantic_target: Tensor | None = None
     depth_target: Tensor | None = None
@@ -117,36 +114,30 @@ class Spa3RTeacherOutput(ModelOutput):
 
 
 @dataclass
-class Spa3RForPreTrainingOutput(Spa3RDecoderOutput):
+class Spa3RTeacherOutput(Spa3RTargetOutput):
+    r"""
+    context_tokens (`torch.Tensor` of shape `(B, V_context, 1 + registers + N, 2C)`):
+        Last-layer backbone tokens of the context views, which the encoder reads.
+
+    and the fields of `Spa3RTargetOutput`.
+    """
+
+    context_tokens: Tensor | None = None
+
+
+@dataclass
+class Spa3RForPreTrainingOutput(Spa3RModelOutput, Spa3RTargetOutput, Spa3RDecoderOutput):
     r"""
     loss (`torch.Tensor` of shape `()`):
         Sum of `losses`.
     losses (`dict[str, torch.Tensor]`):
         `geometric_l1`, `geometric_cosine`, `semantic_l1`, `semantic_cosine`, `depth_probe`, as far as computed.
-    latents (`torch.Tensor` of shape `(B, Q, D)`):
-        The scene, from the context views alone.
-    geometric_target (`torch.Tensor` of shape `(B, V, N, 2C)`), semantic_target (`(B, V, N, semantic width)`),
-    depth_target (`torch.Tensor` of shape `(B, V, N, 1)`):
-        What the frozen teachers say of the views.
-    view_mask (`torch.Tensor` of shape `(B, V)`):
-        True = target view.
-    extrinsics (`torch.Tensor` of shape `(B, V, 3, 4)`), intrinsics (`torch.Tensor` of shape `(B, V, 3, 3)`):
-        The cameras decoded with: camera <- world, OpenCV, world = first camera, scene units; pixels.
-    hidden_states, attentions (`tuple[torch.Tensor]`):
-        As in `Spa3RModelOutput`.
+
+    and the fields of `Spa3RModelOutput` (of the context views alone), `Spa3RTargetOutput` and `Spa3RDecoderOutput`.
     """
 
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
-    latents: Tensor | None = None
-    geometric_target: Tensor | None = None
-    semantic_target: Tensor | None = None
-    depth_target: Tensor | None = None
-    view_mask: Tensor | None = None
-    extrinsics: Tensor | None = None
-    intrinsics: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 def _layers(config: Spa3RConfig, count: int) -> nn.ModuleList:
@@ -555,6 +546,7 @@ __all__ = [
     "Spa3RModel",
     "Spa3RModelOutput",
     "Spa3RPreTrainedModel",
+    "Spa3RTargetOutput",
     "Spa3RTeacherOutput",
     "draw_view_mask",
     "num_context_views",

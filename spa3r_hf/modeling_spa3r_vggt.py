@@ -214,7 +214,7 @@ class Spa3RVGGTPreTrainedModel(PreTrainedModel):
             if isinstance(module, nn.Linear) or module.in_channels == 3:  # the conv patch embedding reads pixels
                 init.trunc_normal_(module.weight, std=self.config.initializer_range)
             else:
-                # The dense heads', by their fan-in: a fixed spread that suits wide convolutions leaves narrow ones dead.
+                # The dense heads', by fan-in: a fixed spread that suits wide convolutions leaves narrow ones dead.
                 init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 init.zeros_(module.bias)

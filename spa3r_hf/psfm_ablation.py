@@ -138,7 +138,8 @@ def teacher_fingerprint(model: Spa3RForPreTraining) -> str:
 def build_variant(base: Spa3RForPreTraining, changes: Mapping[str, Any], seed: int) -> Spa3RForPreTraining:
     """A fresh model with the teachers of `base` and a changed configuration."""
     torch.manual_seed(seed)
-    model = Spa3RForPreTraining(Spa3RConfig(**(base.config.to_dict() | dict(changes))))
+    settings = base.config.to_dict() | {"attn_implementation": base.config._attn_implementation} | dict(changes)
+    model = Spa3RForPreTraining(Spa3RConfig(**settings))
     model.spa3r.backbone.load_state_dict(base.spa3r.backbone.state_dict())
     if model.semantic_teacher is not None and base.semantic_teacher is not None:
         model.semantic_teacher.load_state_dict(base.semantic_teacher.state_dict())
@@ -151,10 +152,10 @@ def train_variant(
     image_size: tuple[int, int],
     steps: int,
     seed: int,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1.5e-3,
 ) -> list[float]:
     """
-    Train on a cache, one batch a step: AdamW, 5 % warm-up, cosine to a tenth.
+    Train on a cache, one batch a step: AdamW, 5 % warm-up, cosine to a tenth, computing in bfloat16.
 
     Returns:
         The loss of every step.
@@ -171,7 +172,8 @@ def train_variant(
     )
     losses = []
     for step, teachers in zip(range(steps), cache.batches(seed), strict=False):
-        loss = model.learn(teachers, image_size)["loss"]
+        with torch.autocast(model.device.type, torch.bfloat16):
+            loss = model.learn(teachers, image_size)["loss"]
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}; expected a finite one")
         loss.backward()

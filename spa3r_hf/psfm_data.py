@@ -40,8 +40,11 @@ def sample_views(
         (V,) int64 indices, ascending; the first is the sample's view 0, which is always context.
 
     Raises:
+        ValueError: `num_views` is less than 2.
         BadSampleError: The scene has too few pictures.
     """
+    if num_views < 2:
+        raise ValueError(f"num_views is {num_views}; expected at least 2")
     if num_available < num_views:
         raise BadSampleError(f"{num_available} pictures; expected at least {num_views}, the number of views drawn")
     longest = (num_available - 1) // (num_views - 1)

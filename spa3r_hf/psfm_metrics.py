@@ -20,16 +20,15 @@ KINDS = ("geometric", "semantic")
 def mean_features(model: Spa3RForPreTraining, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean feature (width,) of each kind over all patches of all views of `batches`."""
     sums: dict[str, Tensor] = {}
-    count = 0
+    counts: dict[str, int] = defaultdict(int)
     for batch in batches:
         output = model(**batch)
         for kind in KINDS:
             target = getattr(output, f"{kind}_target")
             if target is not None:
-                count_here = target.shape[:-1].numel()
                 sums[kind] = sums.get(kind, 0) + target.double().flatten(0, -2).sum(0)
-        count += count_here
-    return {kind: (total / count).float() for kind, total in sums.items()}
+                counts[kind] += target.shape[:-1].numel()
+    return {kind: (total / counts[kind]).float() for kind, total in sums.items()}
 
 
 def nearest_context_view(extrinsics: Tensor, view_mask: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def evaluate_psfm(
 @torch.no_grad()
 def unseen_depth(model: Spa3RForPreTraining, batches: list[dict[str, Tensor]]) -> dict[str, float]:
     """
-    Depth of target views at the patches' centres against the truth, after median scaling of each scene's targets.
+    Depth of target views at a pixel of each patch against the truth, after median scaling of each scene's targets.
 
     Args:
         model: In eval mode, with a depth probe.
@@ -143,7 +142,7 @@ def unseen_depth(model: Spa3RForPreTraining, batches: list[dict[str, Tensor]]) -
         output = model(batch["pixel_values"], view_mask=batch["view_mask"])
         patch_size = model.config.backbone_config.patch_size
         rows, columns = (side // patch_size for side in batch["depth"].shape[-2:])
-        # The pixel that the model's own target is read at.
+        # The pixel that the model's own target is read at: the first one of the patch.
         true = F.interpolate(batch["depth"], size=(rows, columns), mode="nearest").flatten(2)
         for name, guess in zip(errors, (output.depth_prediction, output.depth_target), strict=True):
             for scene, mask in enumerate(batch["view_mask"]):

@@ -1,16 +1,12 @@
 """`transformers.Trainer` for Predictive Spatial Field Modeling."""
 
-import logging
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from .checkpoint_spa3r import save_frozen, save_trained
 from .modeling_spa3r import Spa3RForPreTraining
@@ -19,25 +15,17 @@ from .psfm_metrics import evaluate_psfm, mean_features
 from .scene_trainer import SceneTrainer
 
 
-logger = logging.getLogger(__name__)
-
-
 class PSFMTrainer(SceneTrainer):
     """
     Trainer of [`Spa3RForPreTraining`].
 
     - `eval_dataset` is a list of batches with their `view_mask`, scored by `evaluate_psfm` on every process;
     - frozen weights are written once, to the output folder, checkpoints hold what is trained;
-    - samples that could not be read (`on_bad_sample="skip"`) are left out, and counted in `bad_samples` by message;
-    - nothing goes to the Hub before `push_to_hub`.
+    - a batch of samples none of which could be read (`on_bad_sample="skip"`) changes nothing.
 
     Args:
-        args: With `push_to_hub`, `hub_strategy` has to be "end".
         mean_batches: Batches of training scenes whose mean feature is taken off for the centred cosine.
-        batch_sampler: See `SceneTrainer`.
-
-    Raises:
-        ValueError: Another `hub_strategy`.
+        args, batch_sampler: See `SceneTrainer`.
     """
 
     model: Spa3RForPreTraining
@@ -50,14 +38,9 @@ class PSFMTrainer(SceneTrainer):
         batch_sampler: PSFMBatchSampler | None = None,
         **kwargs,
     ):
-        if args.push_to_hub and args.hub_strategy != "end":
-            # The Trainer would copy the index of a checkpoint, which does not fit the folder above it.
-            strategy = HubStrategy(args.hub_strategy).value
-            raise ValueError(f"hub_strategy = {strategy}; expected end: checkpoints share their frozen weights")
         super().__init__(args=args, batch_sampler=batch_sampler, collate_fn=collate_scenes, **kwargs)
         self.output_dir = Path(str(args.output_dir))
         self.mean_batches = mean_batches
-        self.bad_samples: Counter[str] = Counter()
         self._means: dict[str, Tensor] | None = None
         self._frozen_is_saved = False
 
@@ -68,17 +51,14 @@ class PSFMTrainer(SceneTrainer):
         else:
             self._frozen_is_saved = bool(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self.bad_samples = sum(gather_object([self.bad_samples]), Counter())
+        self.gather_bad_samples()
         return result
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         inputs = dict(inputs)
-        for message in inputs.pop("bad_samples", ()):
-            if message not in self.bad_samples:
-                logger.warning("left out: %s", message)
-            self.bad_samples[message] += 1
+        self.count_bad_samples(inputs.pop("bad_samples", ()))
         if "pixel_values" not in inputs:
             # Nothing of this batch could be read. Something must go through the model, or other processes wait for it.
             self._num_blank += 1
@@ -101,22 +81,13 @@ class PSFMTrainer(SceneTrainer):
 
     def score(self) -> dict[str, Any]:
         """`evaluate_psfm` on `eval_dataset`, with the mean feature of `mean_batches`."""
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        with self.accelerator.autocast():
+        with self.evaluated_model() as model, self.accelerator.autocast():
             if self._means is None:
                 self._means = mean_features(model, map(self._prepare_inputs, self.mean_batches))
-            scores = evaluate_psfm(model, map(self._prepare_inputs, self.eval_dataset), self._means)
-        model.train(was_training)
-        return scores
+            return evaluate_psfm(model, map(self._prepare_inputs, self.eval_dataset), self._means)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         return self.log_scores(self.score(), metric_key_prefix)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # The Trainer would push here, before there is a card.
-        super().save_model(output_dir, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -129,6 +100,3 @@ class PSFMTrainer(SceneTrainer):
         save_trained(model, folder, frozen_folder=self.output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """The script writes the card, from the run's own numbers; `push_to_hub` sends it along."""

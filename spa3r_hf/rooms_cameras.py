@@ -40,7 +40,7 @@ def check_image_size(image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def look_at(position: np.ndarray, yaw: np.ndarray, pitch: np.ndarray) -> np.ndarray:
-    """(V, 3, 4) float32 extrinsics, camera <- world in OpenCV axes, of level cameras.
+    """(V, 3, 4) float32 extrinsics, camera <- world in OpenCV axes, of cameras that do not roll.
 
     Args:
         position: (V, 3) metres.
@@ -77,7 +77,7 @@ def camera_walk(room: Room, num_views: int, seed: int) -> np.ndarray:
     if seed < 0:
         raise ValueError(f"seed must be 0 or more, got {seed}")
     rng = np.random.default_rng((room.seed, seed))
-    grid = _free_floor(room)
+    grid = free_floor(room)
     path = _smooth_path(grid, rng)
     travelled = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))])
     length = min(float(travelled[-1]), _MAX_STEP * (num_views - 1))
@@ -96,7 +96,8 @@ def camera_walk(room: Room, num_views: int, seed: int) -> np.ndarray:
     return look_at(np.concatenate([ground, eye[:, None]], 1), yaw, pitch)
 
 
-def _free_floor(room: Room) -> FloorGrid:
+def free_floor(room: Room) -> FloorGrid:
+    """The floor that a walking camera keeps to: off the walls, and off what stands or hangs below 1.9 m."""
     grid = FloorGrid(room.outline)
     for thing in room.objects:
         bottom, top = thing.center[2] - thing.size[2] / 2, thing.center[2] + thing.size[2] / 2

@@ -191,7 +191,7 @@ def window(p: Parts) -> None:
         curtain = random_fabric(p.rng)
         for y in (-1, 1):
             for fold in range(4):
-                z = 0.0 if p.chance(0.5) else 0.0
+                p.chance(0.5)  # decides nothing; without the draw, all that is drawn after it would be another room
                 p.box(
                     0.075 + 0.015 * (fold % 2),
                     y * (width / 2 + 0.13 - 0.06 * fold),

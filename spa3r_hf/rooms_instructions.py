@@ -124,7 +124,9 @@ def _join(records: list[dict]) -> dict:
     turns = [
         {**turn, "value": turn["value"].removeprefix("<video>")} for other in others for turn in other["conversations"]
     ]
-    return {**first, "conversations": first["conversations"] + turns}
+    joined = {**first, "conversations": first["conversations"] + turns}
+    del joined["question_type"]  # there may be several
+    return joined
 
 
 def _make_room(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from .rooms import Room, RoomObject
-from .rooms_cameras import _free_floor, pinhole_intrinsics
+from .rooms_cameras import free_floor, pinhole_intrinsics
 from .rooms_layout import distance_inside
 from .rooms_rendering import RoomRenderer
 
@@ -201,7 +201,7 @@ class Floor:
     """Straight walks over a room's free floor, as `rooms_cameras.camera_walk` knows it."""
 
     def __init__(self, room: Room):
-        self._grid = _free_floor(room)
+        self._grid = free_floor(room)
         self._outline = room.outline
         self._walks: dict[tuple[float, float, int], np.ndarray | None] = {}
 

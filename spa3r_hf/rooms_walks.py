@@ -67,7 +67,7 @@ class RoomWalks(Sequence[RoomWalk]):
         seed = self.seeds[index]
         if self.cache_dir is None:
             return self._render(seed)
-        # All that a walk depends on is in its name.
+        # All settings of a walk are in its name; after a change of the rooms themselves, start a new folder.
         height, width = self.image_size
         low, high = self.fields_of_view
         path = Path(self.cache_dir) / f"{self.num_views}x{height}x{width}_{low:g}-{high:g}" / f"room_{seed}.npz"

@@ -1,30 +1,57 @@
 """What training on scenes adds to `transformers.Trainer`, whatever is trained."""
 
+import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
-from .psfm_data import PSFMBatchSampler
+
+logger = logging.getLogger(__name__)
+
+
+class EpochBatchSampler(Protocol):
+    """Batches of keys of a data set, drawn anew every epoch; for `accelerate` it has `batch_size` and `drop_last`."""
+
+    batch_size: None
+    drop_last: bool
+    steps_per_epoch: int
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
 
 
 class SceneTrainer(Trainer):
     """
     Trainer on batches of scenes.
 
-    - batches come from a `batch_sampler` (see `PSFMBatchSampler`), or ready-made from a streaming data set;
+    - batches come from a `batch_sampler`, or ready-made from a streaming data set;
     - the log shows each part of the loss beside their sum: `compute_loss` passes them to `add_losses`;
+    - samples that could not be read are counted in `bad_samples` by message: `compute_loss` passes their messages to
+      `count_bad_samples`;
     - a run that was killed goes on exactly as if it had not been;
-    - a loss that is not finite stops the run before the weights take harm.
+    - a loss that is not finite stops the run before the weights take harm;
+    - nothing goes to the Hub before `push_to_hub`: before the end there is no model card.
 
     Args:
-        batch_sampler: Batch sampler of the training set; None for a data set that yields batches.
+        args: With `push_to_hub`, `hub_strategy` has to be "end".
+        batch_sampler: Batch sampler of the training set, such as `PSFMBatchSampler`; None for a data set that yields
+            batches.
         collate_fn: Makes a batch of the samples that the batch sampler names.
+
+    Raises:
+        ValueError: Another `hub_strategy`.
     """
 
     train_dataset: Any
@@ -34,15 +61,19 @@ class SceneTrainer(Trainer):
         self,
         *,
         args: TrainingArguments,
-        batch_sampler: PSFMBatchSampler | None,
-        collate_fn: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        batch_sampler: EpochBatchSampler | None,
+        collate_fn: Callable[[list[Any]], dict[str, Any]],
         **kwargs,
     ):
+        if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            strategy = HubStrategy(args.hub_strategy).value
+            raise ValueError(f"hub_strategy = {strategy}; expected end: before it there is no model card")
         super().__init__(args=args, **kwargs)
         # The loss is a mean over the batch; it is the Trainer that divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.batch_sampler = batch_sampler
         self.collate_fn = collate_fn
+        self.bad_samples: Counter[str] = Counter()
         self._loss_sums: dict[str, float | Tensor] = defaultdict(float)
         self._loss_count = self._num_blank = 0
         self.add_callback(_ExactResume(batch_sampler))
@@ -52,6 +83,9 @@ class SceneTrainer(Trainer):
         options: dict[str, Any] = {
             "num_workers": workers,
             "pin_memory": self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            # Else every iterator, and there are more of them after a stop, draws a seed for its workers from the
+            # stream that the model's own draws come from.
+            "generator": torch.Generator().manual_seed(self.args.seed),
         }
         if self.batch_sampler is None:
             # Not prepared: the data set itself deals its batches out to the processes.
@@ -64,6 +98,28 @@ class SceneTrainer(Trainer):
         for name, loss in losses.items():
             self._loss_sums[name] += loss.detach()
         self._loss_count += 1
+
+    def count_bad_samples(self, messages: Iterable[str]) -> None:
+        """Count the bad samples of a batch; each message is logged when it first comes."""
+        for message in messages:
+            if message not in self.bad_samples:
+                logger.warning("left out: %s", message)
+            self.bad_samples[message] += 1
+
+    def gather_bad_samples(self) -> None:
+        """Make `bad_samples` those of all processes; to be called once, on each of them."""
+        self.bad_samples = sum(gather_object([self.bad_samples]), Counter())
+
+    @contextmanager
+    def evaluated_model(self) -> Iterator[Any]:
+        """The model itself, in eval mode while it is scored."""
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(was_training)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -96,11 +152,18 @@ class SceneTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
         return numbers
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # The Trainer would push here, before there is a card.
+        super().save_model(output_dir, _internal_call=True)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The script writes the card, from the run's own numbers; `push_to_hub` sends it along."""
+
 
 class _ExactResume(TrainerCallback):
     """What a run that goes on from a checkpoint needs to see and log the same as one never interrupted."""
 
-    def __init__(self, batch_sampler: PSFMBatchSampler | None):
+    def __init__(self, batch_sampler: EpochBatchSampler | None):
         self.batch_sampler = batch_sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 
+from .camera_spa3r import check_cameras
 from .errors import BadSampleError
 from .image_processing_spa3r import to_rgb
 from .optional import require
@@ -54,13 +56,11 @@ class Scene:
     intrinsics: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.frame_step
-        if not 1 <= low <= high:
-            raise ValueError(f"scene {self.name!r}: frame_step is {self.frame_step}; expected 1 <= lowest <= highest")
+        check_frame_step(self.frame_step, f"scene {self.name!r}")
         if (self.extrinsics is None) != (self.intrinsics is None):
             raise BadSampleError(f"scene {self.name!r} has only one of extrinsics and intrinsics; expected both")
         if self.extrinsics is not None and self.intrinsics is not None:
-            check_cameras(self.extrinsics, self.intrinsics, len(self.images), f"scene {self.name!r}")
+            check_scene_cameras(self.extrinsics, self.intrinsics, len(self.images), f"scene {self.name!r}")
 
 
 class SceneDataset(Protocol):
@@ -71,42 +71,27 @@ class SceneDataset(Protocol):
     def __getitem__(self, index: int, /) -> Scene: ...
 
 
-def check_cameras(extrinsics: np.ndarray, intrinsics: np.ndarray, num_views: int, name: str) -> None:
-    """Refuses cameras that cannot be.
-
-    Args:
-        extrinsics: (V, 3, 4), camera <- world, V = `num_views`.
-        intrinsics: (V, 3, 3), pixels.
-        name: What the cameras belong to, for the message.
+def check_frame_step(frame_step: Sequence[int], name: str) -> None:
+    """
+    Check the lowest and highest distance between the views of a sample.
 
     Raises:
-        BadSampleError: A wrong shape, a value that is not finite, a rotation that is not orthonormal with determinant
-            1 (to 1e-3), a focal length that is not positive, or a last row of the intrinsics that is not (0, 0, 1).
+        ValueError: They are out of range; `name` says whose they are.
     """
-    for kind, cameras, shape in (
-        ("extrinsics", extrinsics, (num_views, 3, 4)),
-        ("intrinsics", intrinsics, (num_views, 3, 3)),
-    ):
-        if cameras.shape != shape:
-            raise BadSampleError(f"{name}: {kind} have shape {cameras.shape}; expected {shape}")
-    rotation = extrinsics[:, :, :3]
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite fails the first check
-        checks = (
-            (np.isfinite(extrinsics).all((1, 2)), extrinsics, "finite extrinsics"),
-            (np.isfinite(intrinsics).all((1, 2)), intrinsics, "finite intrinsics"),
-            (
-                np.isclose(rotation @ rotation.swapaxes(1, 2), np.eye(3), atol=1e-3).all((1, 2))
-                & (np.linalg.det(rotation) > 0),
-                rotation,
-                "an orthonormal rotation with determinant 1",
-            ),
-            ((intrinsics[:, [0, 1], [0, 1]] > 0).all(1), intrinsics, "positive focal lengths"),
-            (np.isclose(intrinsics[:, 2], (0, 0, 1)).all(1), intrinsics, "a last row of the intrinsics of 0, 0, 1"),
-        )
-    for passed, value, expected in checks:
-        if not passed.all():
-            view = int(np.argmin(passed))
-            raise BadSampleError(f"{name}, view {view}: camera {value[view].tolist()}; expected {expected}")
+    if len(frame_step) != 2 or not 1 <= frame_step[0] <= frame_step[1]:
+        raise ValueError(f"{name}: frame_step is {frame_step}; expected 1 <= lowest <= highest")
+
+
+def check_scene_cameras(extrinsics: np.ndarray, intrinsics: np.ndarray, num_views: int, name: str) -> None:
+    """`check_cameras` of the views of a scene, to 1e-3; its errors are `BadSampleError`s, and begin with `name`."""
+    if extrinsics.shape[1:] == (4, 4):
+        raise BadSampleError(f"{name}: extrinsics have shape {extrinsics.shape}; expected {(num_views, 3, 4)}")
+    # Copies: torch takes no arrays that run backwards.
+    given, pixels = torch.from_numpy(np.array(extrinsics)), torch.from_numpy(np.array(intrinsics))
+    try:
+        check_cameras(given, pixels, (num_views,), tolerance=1e-3)
+    except ValueError as error:
+        raise BadSampleError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -270,7 +255,10 @@ class _RowToScene:
 
     def __call__(self, row: dict[str, Any], index: int) -> Scene:
         name = str(row.get("name", index))
-        files = [Path(image["path"]) if image["bytes"] is None else image["bytes"] for image in row[self.column]]
+        try:
+            files = [Path(image["path"]) if image["bytes"] is None else image["bytes"] for image in row[self.column]]
+        except TypeError as error:
+            raise BadSampleError(f"scene {name!r}: {self.column} has empty entries; expected pictures") from error
         cameras: list[np.ndarray] = []
         if self.use_cameras and "extrinsics" in row and "intrinsics" in row:
             try:
@@ -317,7 +305,7 @@ def _read_cameras(path: Path, num_views: int) -> tuple[np.ndarray, np.ndarray]:
     rotation = poses[:, :3, :3].swapaxes(1, 2)
     with np.errstate(invalid="ignore", over="ignore"):  # the check below names what is not finite
         extrinsics = np.concatenate([rotation, -rotation @ poses[:, :3, 3:]], axis=-1)
-    check_cameras(extrinsics, intrinsics, num_views, str(path))
+    check_scene_cameras(extrinsics, intrinsics, num_views, str(path))
     return extrinsics, intrinsics
 
 

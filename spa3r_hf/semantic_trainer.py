@@ -1,6 +1,7 @@
 """A small semantic teacher, trained on procedural rooms to say what each patch shows."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 from transformers import DINOv3ViTConfig, DINOv3ViTModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .model_card import markdown_table
 from .modeling_spa3r_vggt import normalize_pixels
@@ -84,15 +86,18 @@ class SemanticTrainer(SceneTrainer):
         loss = F.cross_entropy(logits.flatten(0, -2).float(), shares.flatten(0, -2))
         return (loss, logits) if return_outputs else loss
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:  # what others use is the ViT
+            self.accelerator.unwrap_model(self.model).vit.save_pretrained(folder)
+
     def score(self) -> dict[str, dict[str, float]]:
         """`probe_categories` of the ViT's features, on `eval_dataset`."""
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
         parts = (self.probe_batches, self.eval_dataset)
-        scores = probe_categories(model, [[self._prepare_inputs(batch) for batch in part] for part in parts])
-        model.train(was_training)
-        return scores
+        with self.evaluated_model() as model:
+            return probe_categories(model, [[self._prepare_inputs(batch) for batch in part] for part in parts])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         scores = self.score()

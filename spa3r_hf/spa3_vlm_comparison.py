@@ -5,19 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from .benchmarks_scores import vsi_bench_metric
-from .latent_cache import SceneEncoder
 from .model_card import markdown_table
-from .modeling_spa3_vlm import Spa3VLM
-from .processing_spa3_vlm import Spa3VLMProcessor
 from .rooms_instructions import vsi_bench_score
 from .rooms_questions import RoomQuestion
 from .rooms_questions_balance import guessing_scores
 
-
-MAX_NEW_TOKENS = 16  # VSI-Bench's
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "base": None,
@@ -64,46 +58,6 @@ def pick_evenly(questions: Sequence[RoomQuestion], most: int) -> list[RoomQuesti
     return picked
 
 
-@torch.no_grad()
-def answer_conversations(
-    model: Spa3VLM,
-    processor: Spa3VLMProcessor,
-    conversations: Sequence[list[dict[str, Any]]],
-    scene_encoder: SceneEncoder | None,
-    batch_size: int = 16,
-) -> list[str]:
-    """
-    What a model answers, greedily, in at most 16 tokens.
-
-    Args:
-        model: In whatever mode; left in eval mode.
-        processor: Its processor.
-        conversations: Messages with pictures or videos, each ending with a question.
-        scene_encoder: Encodes the scenes. None: the VLM alone is asked.
-        batch_size: Conversations at a time.
-    """
-    model.eval()
-    answers: list[str] = []
-    for start in range(0, len(conversations), batch_size):
-        inputs = processor.apply_chat_template(
-            list(conversations[start : start + batch_size]),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        scenes = list(inputs.pop("spatial_pixel_values", ()))
-        batch = {name: value.to(model.device) for name, value in inputs.items()}
-        if scene_encoder is not None and scenes:
-            known = {"spatial_pixel_values": scenes}
-            batch |= scene_encoder.complete(
-                known if scene_encoder.cache is None else scene_encoder.cache.look_up(scenes)
-            )
-        output = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        answers += processor.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
-
-
 def score_answers(questions: Sequence[RoomQuestion], answers: Sequence[str]) -> dict[str, float | int]:
     """VSI-Bench's scores, 0-100."""
     truths, types = ([getattr(question, name) for question in questions] for name in ("ground_truth", "question_type"))
@@ -133,7 +87,6 @@ def comparison_table(results: Mapping[str, Mapping[str, float | int]]) -> str:
 
 __all__ = [
     "VARIANTS",
-    "answer_conversations",
     "comparison_table",
     "pick_evenly",
     "score_answers",

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,16 +11,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .instruction_data import InstructionData
+from .instruction_data import Instruction, InstructionData
+from .instruction_evaluation import ShortQuestion, answer_conversations, score_short_answers, short_question
 from .latent_cache import SceneEncoder
 from .modeling_spa3_vlm import Spa3VLM
 from .processing_spa3_vlm import Spa3VLMProcessor
 from .scene_trainer import SceneTrainer
-from .sft_data import IGNORED, EstimatedLengths, LengthGroupedBatchSampler, SFTCollator
+from .sft_data import BAD_SAMPLE_ERRORS, IGNORED, EstimatedLengths, LengthGroupedBatchSampler, SFTCollator
 
 
 logger = logging.getLogger(__name__)
@@ -103,17 +103,14 @@ class Spa3VLMTrainer(SceneTrainer):
       process it is, so that N processes learn what N accumulation steps do;
     - the spatial encoder stands apart while the model trains (see `SceneEncoder`);
     - checkpoints hold what `Spa3VLM.save_pretrained` writes: adapter, LoRA, and the VLM only if it is trained;
-    - samples that could not be used are counted in `bad_samples` by message;
     - the log has `token_accuracy` beside `loss`;
-    - nothing goes to the Hub before `push_to_hub`.
+    - `eval_dataset` is scored by the loss of its answers, and by what the model answers where the right answer is
+      short (see `score_short_answers`); of a set with a rate below 1 it is always the same records.
 
     Args:
         scene_encoder: Encodes the scenes. None: they are left out, as if there was no adapter, and it is not trained.
         collate_fn: The batches' maker, with the cache of `scene_encoder`.
-        batch_sampler: See `SceneTrainer`.
-
-    Raises:
-        ValueError: `push_to_hub` with another `hub_strategy` than "end".
+        args, batch_sampler: See `SceneTrainer`.
     """
 
     model: Spa3VLM
@@ -128,27 +125,13 @@ class Spa3VLMTrainer(SceneTrainer):
         batch_sampler: LengthGroupedBatchSampler,
         **kwargs,
     ):
-        if args.push_to_hub and args.hub_strategy != HubStrategy.END:
-            raise ValueError(f"hub_strategy = {args.hub_strategy}; expected end: before it there is no model card")
         if scene_encoder is None:
             model.adapter.requires_grad_(False)
-        super().__init__(
-            model=model,
-            args=args,
-            batch_sampler=batch_sampler,  # type: ignore[arg-type]  # it has what is asked of one
-            collate_fn=collate_fn,  # type: ignore[arg-type]  # samples are records
-            **kwargs,
-        )
+        super().__init__(model=model, args=args, batch_sampler=batch_sampler, collate_fn=collate_fn, **kwargs)
         # The Trainer counts the answers' tokens of a step, and `compute_loss` divides by them.
         self.model_accepts_loss_kwargs = True
         self.scene_encoder = None if scene_encoder is None else scene_encoder.to(args.device)
-        self.bad_samples: Counter[str] = Counter()
-
-    def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        # Else each of its iterators draws from the stream that LoRA's dropout draws from, with workers less often.
-        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)  # type: ignore[attr-defined]
-        return loader
+        self.bad_eval_samples: list[str] = []
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         encoder, self.model.spatial_encoder = self.model.spatial_encoder, None
@@ -156,23 +139,16 @@ class Spa3VLMTrainer(SceneTrainer):
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.model.spatial_encoder = encoder
-        self.bad_samples = sum(gather_object([self.bad_samples]), Counter())
+        self.gather_bad_samples()
         return result
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch=None
     ):
         inputs = dict(inputs)
-        for message in inputs.pop("bad_samples"):
-            if message not in self.bad_samples:
-                logger.warning("left out: %s", message)
-            self.bad_samples[message] += 1
+        self.count_bad_samples(inputs.pop("bad_samples"))
         labels = inputs.pop("labels")
-        if self.scene_encoder is None:
-            inputs = {name: value for name, value in inputs.items() if not name.startswith("spatial_")}
-        else:
-            inputs = self.scene_encoder.complete(inputs)
-        output = model(**inputs)
+        output = model(**self._with_scenes(inputs))
         loss, accuracy = answer_loss(output.logits, labels, num_items_in_batch)
         if accuracy is not None:
             self.add_losses({"token_accuracy": accuracy})
@@ -181,9 +157,89 @@ class Spa3VLMTrainer(SceneTrainer):
             loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        # The Trainer would push here, before there is a card.
-        super().save_model(output_dir, _internal_call=True)
+    def _with_scenes(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        if self.scene_encoder is None:
+            return {name: value for name, value in inputs.items() if not name.startswith("spatial_")}
+        return self.scene_encoder.complete(inputs)
+
+    # --- scores
+
+    @torch.no_grad()
+    def score(self, data: InstructionData | None = None) -> dict[str, float]:
+        """
+        Score instruction data, `eval_dataset` by default, each process a part of it.
+
+        Messages of samples that could not be used are in `bad_eval_samples` afterwards.
+
+        Returns:
+            `loss`, of the answers' tokens, `token_accuracy`, and what `score_short_answers` gives. (Where weights are
+            in shards, FSDP's or ZeRO-3's, the model cannot be asked, and there are no such scores.)
+        """
+        data = self.eval_dataset if data is None else data
+        samples = [data[int(number)] for number in data.draw(0)]  # type: ignore[union-attr, index]
+        bad_samples: list[str] = []
+        with self.evaluated_model() as model, self.accelerator.autocast():
+            sums = self._sum_losses(model, samples, bad_samples)
+            is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+            answers = [] if is_sharded else self._answer(model, samples)
+        loss, right, count = sum(gather_object([sums]), torch.zeros(3)).tolist()
+        self.bad_eval_samples = sorted(set(gather_object(bad_samples)))
+        for message in self.bad_eval_samples:
+            logger.warning("left out of the evaluation: %s", message)
+        scores = {"loss": loss / count, "token_accuracy": right / count} if count else {}
+        if answers := gather_object(answers):
+            scores |= score_short_answers(*zip(*answers, strict=True))
+        return scores
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        return self.log_scores(self.score(eval_dataset), metric_key_prefix)
+
+    def _sum_losses(self, model: Spa3VLM, samples: Sequence[Instruction], bad_samples: list[str]) -> Tensor:
+        """For this process's part, sums over the answers' tokens: of losses, of those that are right, of all."""
+        size, rank, others = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        sums = torch.zeros(3)
+        for start in range(0, len(batches), others):
+            # Where the weights are in shards, all processes have to go through the model equally often.
+            batch = self._prepare_inputs(self.collate_fn(batches[min(start + rank, len(batches) - 1)]))
+            messages, labels = batch.pop("bad_samples"), batch.pop("labels")
+            logits = model(**self._with_scenes(batch)).logits
+            if start + rank < len(batches):
+                bad_samples += messages
+                loss, accuracy = answer_loss(logits, labels, 1)
+                count = int((labels[:, 1:] != IGNORED).sum())
+                sums += torch.tensor([float(loss), count * float(accuracy or 0), count])
+        return sums
+
+    def _answer(self, model: Spa3VLM, samples: Sequence[Instruction]) -> list[tuple[ShortQuestion, str]]:
+        """The short questions of this process's part, with what the model answers."""
+        answers: list[tuple[ShortQuestion, str]] = []
+        size = self.args.per_device_eval_batch_size
+        questions = self._short_questions(samples[self.args.process_index :: self.args.world_size])
+        for start in range(0, len(questions), size):
+            batch = questions[start : start + size]
+            try:
+                answers += self._ask(model, batch)
+            except BAD_SAMPLE_ERRORS:  # which has been named, else this would not be reached
+                for question in batch:
+                    with suppress(*BAD_SAMPLE_ERRORS):
+                        answers += self._ask(model, [question])
+        return answers
+
+    def _short_questions(self, samples: Sequence[Instruction]) -> list[ShortQuestion]:
+        questions: list[ShortQuestion] = []
+        for sample in samples:
+            with suppress(*BAD_SAMPLE_ERRORS):
+                questions += filter(None, [short_question(sample)])
+        return questions
+
+    def _ask(self, model: Spa3VLM, questions: Sequence[ShortQuestion]) -> list[tuple[ShortQuestion, str]]:
+        conversations = [question.messages for question in questions]
+        processor: Any = self.processing_class
+        answers = answer_conversations(model, processor, conversations, self.scene_encoder, len(questions))
+        return list(zip(questions, answers, strict=True))
+
+    # --- checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -199,8 +255,11 @@ class Spa3VLMTrainer(SceneTrainer):
         else:
             self.accelerator.unwrap_model(model or self.model).restore(resume_from_checkpoint)
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """The script writes the card, from the run's own numbers; `push_to_hub` sends it along."""
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def instruction_trainer(
@@ -210,6 +269,7 @@ def instruction_trainer(
     args: TrainingArguments,
     *,
     scene_encoder: SceneEncoder | None,
+    eval_data: InstructionData | None = None,
     max_length: int | None = None,
     on_bad_sample: Literal["raise", "skip"] = "raise",
 ) -> Spa3VLMTrainer:
@@ -228,6 +288,7 @@ def instruction_trainer(
         model=model,
         args=args,
         train_dataset=data,
+        eval_dataset=eval_data,
         scene_encoder=scene_encoder,
         collate_fn=collator,
         batch_sampler=batch_sampler,

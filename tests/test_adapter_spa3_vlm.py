@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from spa3r_hf import Spa3AdapterConfig
 from spa3r_hf.adapter_spa3_vlm import (
     AppendedSequence,
-    SceneReading,
     assign_scenes,
     build_adapter,
     fuse_by_scene,
@@ -22,6 +21,7 @@ from spa3r_hf.adapter_spa3_vlm import (
     merge_appended,
     number_images,
 )
+from spa3r_hf.fusion_spa3_vlm import SceneReading
 
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "spatial_hidden_size": 6}
@@ -202,9 +202,14 @@ def test_rows_that_generate_repeats_keep_their_scenes():
     SceneReading(is_image, assign_scenes(is_image, 2), spatial).fuse(adapter, once, hidden_size=16)
     rows = [visual[:2], visual[:2], visual[2:], visual[2:]]
     twice = BaseModelOutputWithPooling(pooler_output=torch.cat(rows)[:, None])
-    SceneReading(is_image, assign_scenes(is_image, 2), spatial, num_rows=4).fuse(adapter, twice, hidden_size=16)
+    SceneReading(is_image, assign_scenes(is_image, 2), spatial, may_repeat=True).fuse(adapter, twice, hidden_size=16)
     expected = [once.pooler_output[:2]] * 2 + [once.pooler_output[2:]] * 2
     torch.testing.assert_close(twice.pooler_output, torch.cat(expected)[:, None], rtol=1e-5, atol=1e-5)
+    for visual_tokens, may_repeat in ((torch.cat(rows), False), (random(6, 16), True), (random(3, 16), True)):
+        wrong = BaseModelOutputWithPooling(pooler_output=visual_tokens)
+        reading = SceneReading(is_image, assign_scenes(is_image, 2), spatial, may_repeat=may_repeat)
+        with pytest.raises(ValueError, match=rf"make {len(visual_tokens)} visual tokens, but input_ids hold 5 image"):
+            reading.fuse(adapter, wrong, hidden_size=16)
     with pytest.raises(ValueError, match="a Tensor without pooler_output; expected the visual tokens there"):
         SceneReading(is_image, assign_scenes(is_image, 2), spatial).fuse(adapter, visual, hidden_size=16)
     with pytest.raises(ValueError, match="visual tokens of width 12; expected the language model's 16"):

@@ -69,6 +69,51 @@ def test_ratios_are_those_of_the_rows(result):
     assert stdout.count("\n| --- ") == 3 and "keeping all layers" in stdout
 
 
+def test_reused_latents_answer_as_many_questions(result):
+    stdout, report = result
+    each, once = report["spa3_vlm"]["reuse"]
+    assert each["questions"] == once["questions"] == 4
+    for row in (each, once):
+        assert row["questions_per_second"] == pytest.approx(row["questions"] / row["seconds"])
+    assert "4 questions about one scene of 8 views" in stdout and "| encoded once " in stdout
+
+
+def test_the_adapters_size_is_what_its_layers_have(result):
+    """At width 2048 with 16 heads of 128 channels, of latents of 768."""
+
+    def linear(inputs: int, outputs: int) -> int:
+        return (inputs + 1) * outputs
+
+    projection = linear(768, 2048) + linear(2048, 2048)
+    adapter = projection + 4 * linear(2048, 2048) + 2 * 2 * 128 + 2 * 2048
+    adapter += linear(2048, 512) + linear(512, 2048) + linear(2048, 2048)
+    expected = {"cross_attention": adapter, "append": projection}
+    rows = result[1]["spa3_vlm"]["adapter"]
+    assert [(row["integration"], row["dtype"]) for row in rows] == [
+        (integration, dtype) for integration in expected for dtype in ("float32", "bfloat16")
+    ]
+    for row in rows:
+        size = {"float32": 4, "bfloat16": 2}[row["dtype"]] * row["parameters"]
+        assert row["parameters"] == expected[row["integration"]]
+        assert size < row["file_bytes"] < size + 4000  # the names
+
+
+def test_frozen_parts_are_counted_once(result):
+    rows = {row["trained"]: row for row in result[1]["spa3_vlm"]["sft"]}
+    assert list(rows) == ["adapter", "lora", "language_model"]
+    # Training more of the same model: what is trained is no longer frozen.
+    weights = {name: row["frozen_bytes"] + row["trained_bytes"] for name, row in rows.items()}
+    assert weights["adapter"] == weights["language_model"] < weights["lora"]
+    for row in rows.values():
+        assert row["trained_bytes"] == 4 * row["trained_parameters"]
+        assert row["optimizer_bytes"] == 2 * row["trained_bytes"]  # AdamW
+        assert row["step_peak_bytes"] > row["trained_bytes"]  # their gradients, and activations
+        parts = ("frozen_bytes", "trained_bytes", "optimizer_bytes", "step_peak_bytes")
+        assert row["total_bytes"] == sum(row[part] for part in parts)
+    assert rows["adapter"]["trained_parameters"] < rows["lora"]["trained_parameters"]
+    assert rows["lora"]["total_bytes"] < rows["language_model"]["total_bytes"]
+
+
 def test_arguments_out_of_range_are_refused():
     process = run_benchmark("--train_views", "1")
     assert process.returncode == 2 and "--train_views of at least 2" in process.stderr

@@ -111,6 +111,20 @@ def test_numbers_that_are_not_finite_name_the_view(where):
     cameras[where][1, 2, 0, 2] = torch.nan
     with pytest.raises(ValueError, match="camera of scene 1, view 2 has numbers that are not finite.*expected"):
         check_cameras(**cameras, views=(2, 4))
+    with pytest.raises(ValueError, match="^the camera of view 2 has numbers that are not finite"):
+        check_cameras(cameras["extrinsics"][1], cameras["intrinsics"][1], views=(4,))
+
+
+def test_checks_leave_room_for_rounding_and_for_no_more():
+    extrinsics, intrinsics = some_cameras()
+    check_cameras(extrinsics.bfloat16(), intrinsics.bfloat16(), (2, 4))
+    with pytest.raises(ValueError, match="scene 0, view 0 has a rotation that is not orthonormal"):
+        check_cameras(1.006 * extrinsics, intrinsics, (2, 4))
+    with pytest.raises(ValueError, match="scene 0, view 0 has a rotation that is not orthonormal"):
+        check_cameras(1.002 * extrinsics, intrinsics, (2, 4), tolerance=1e-3)
+    intrinsics[0, 3, 2, 0] = 0.1
+    with pytest.raises(ValueError, match="scene 0, view 3 has a last row of the intrinsics that is not 0, 0, 1"):
+        check_cameras(extrinsics, intrinsics, (2, 4))
 
 
 def test_pose_encodings_come_back():

@@ -1,54 +1,13 @@
 """The numbers of the release, from its own state dict."""
 
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from tiny_models import FIXTURES, golden
+from golden_spa3_vlm import CONFIG, TENSORS, WEIGHTS, check_numbers, with_encoder
+from tiny_models import golden
 from transformers import Qwen2_5_VLConfig
 
 from spa3r_hf import Spa3AdapterConfig, Spa3RModel, Spa3VLM
-from spa3r_hf.conversion_spa3_vlm import convert_original_spa3_vlm
-
-
-GOLDEN = FIXTURES / "spa3_vlm_reference.safetensors"
-TENSORS = load_file(GOLDEN)
-WEIGHTS = {key.removeprefix("weights."): value for key, value in TENSORS.items() if key.startswith("weights.")}
-with safe_open(GOLDEN, "pt") as file:
-    CONFIG = json.loads(file.metadata()["config"])
-
-
-def golden_inputs() -> dict[str, torch.Tensor]:
-    inputs = {name: TENSORS[f"input.{name}"] for name in ("input_ids", "pixel_values", "image_grid_thw", "labels")}
-    # What the processors of today give, and what those of the release's time had the model find out.
-    return inputs | {"mm_token_type_ids": (inputs["input_ids"] == CONFIG["image_token_id"]).int()}
-
-
-def close(output, name: str) -> None:
-    torch.testing.assert_close(output, TENSORS[f"output.{name}"].view(output.shape), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def check(model: Spa3VLM) -> None:
-    inputs, z = golden_inputs(), TENSORS["input.spatial_latents"]
-    output = model(**inputs, spatial_latents=z)
-    close(output.logits, "logits")
-    close(output.loss, "loss")
-    for context in (model.disable_adapter(), torch.no_grad()):
-        with context:
-            without = model(**inputs)
-        close(without.logits, "logits_without_spatial")
-        close(without.loss, "loss_without_spatial")
-    grids = {"image_grid_thw": inputs["image_grid_thw"], "return_dict": True}
-    tokens = torch.cat(model.vlm.get_image_features(inputs["pixel_values"], **grids).pooler_output)
-    close(tokens, "image_embeds")
-    close(model.adapter(tokens[None], z)[0], "fused_image_embeds")
-
-
-def with_encoder() -> dict[str, torch.Tensor]:
-    return WEIGHTS | {f"geometry_encoder.spa3r.{key}": value for key, value in golden("rms_norm")[0].items()}
+from spa3r_hf.conversion_spa3_vlm import compare_with_release, convert_original_spa3_vlm
 
 
 @pytest.mark.parametrize("config", [CONFIG, Qwen2_5_VLConfig(**CONFIG)], ids=["dict", "config"])
@@ -56,16 +15,16 @@ def test_golden_without_encoder(config):
     model = convert_original_spa3_vlm(WEIGHTS, config)
     assert model.spatial_encoder is None and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    check(model)
+    check_numbers(model)
 
 
 @torch.no_grad()
 def test_golden_of_the_full_checkpoint_and_of_its_files(tmp_path):
     model = convert_original_spa3_vlm(with_encoder(), CONFIG)
-    check(model)
+    check_numbers(model)
     model.save_pretrained(tmp_path)
     again = Spa3VLM.from_pretrained(tmp_path)
-    check(again)
+    check_numbers(again)
     reference = golden("rms_norm")[1]
     for converted in (model, again):
         z = converted.get_spatial_latents(reference["input.images"])
@@ -116,7 +75,7 @@ def test_the_state_dict_is_left_alone():
         ({"geometry_encoder.other": torch.ones(3)}, r"unexpected_keys.*geometry_encoder.other"),
         ({"geometry_encoder.spa3r.other": torch.ones(3)}, r"1 keys that are none of its: \['other'\]"),
         ({"geometry_encoder.spa3r.encoder.norm.bias": None}, r"1 missing: \['encoder.norm.bias'\]"),
-        ({"geometry_encoder.spa3r.query_embed.weight": None}, r"it has no \['query_embed.weight'\]"),
+        ({"geometry_encoder.spa3r.query_embed.weight": None}, "it has no key query_embed.weight"),
         ({"geometry_encoder.spa3r.aggregator.camera_token": None}, "aggregator.camera_token"),
     ],
 )
@@ -134,3 +93,49 @@ def test_other_checkpoints_are_refused():
         convert_original_spa3_vlm(adapter, CONFIG)
     with pytest.raises(ValueError, match="hidden_size = 64; this VLM or spatial encoder has 32|does not fit"):
         convert_original_spa3_vlm(WEIGHTS, CONFIG | {"hidden_size": 32})
+    with pytest.raises(ValueError, match="model_type = 'qwen9_vl'; expected one of transformers"):
+        convert_original_spa3_vlm(WEIGHTS, CONFIG | {"model_type": "qwen9_vl"})
+
+
+def test_tied_embeddings(tmp_path):
+    """As Qwen2.5-VL-3B's: its files have them once, other writers twice."""
+    tied = CONFIG | {"tie_word_embeddings": True}
+    once = {key: value for key, value in WEIGHTS.items() if key != "lm_head.weight"}
+    for weights in (once, once | {"lm_head.weight": once["model.embed_tokens.weight"].clone()}):
+        model = convert_original_spa3_vlm(weights, tied)
+        assert model.vlm.lm_head.weight is model.get_input_embeddings().weight
+        model.save_pretrained(tmp_path)
+        again = Spa3VLM.from_pretrained(tmp_path)
+        assert torch.equal(again.vlm.lm_head.weight, WEIGHTS["model.embed_tokens.weight"])
+    with pytest.raises(ValueError, match="tie_word_embeddings = True, but the checkpoint's output layer has other"):
+        convert_original_spa3_vlm(WEIGHTS, tied)
+
+
+def test_numbers_are_compared_in_float32_whatever_the_type():
+    model = convert_original_spa3_vlm({key: value.bfloat16() for key, value in with_encoder().items()}, CONFIG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Spa3VLM does not agree with the reference .*: logits differs by up to"):
+        compare_with_release(model, TENSORS)  # weights of 8 bits are others
+    after = model.state_dict()
+    assert all(
+        torch.equal(after[name], value) and after[name].dtype == torch.bfloat16 for name, value in before.items()
+    )
+    # The same weights, in types that hold them.
+    rounded = {key: value.bfloat16().float() for key, value in with_encoder().items()}
+    wide = convert_original_spa3_vlm(rounded, CONFIG)
+    inputs = {key: value for key, value in TENSORS.items() if key.startswith("input.")}
+    given = {key.removeprefix("input."): value for key, value in inputs.items() if key != "input.spatial_latents"}
+    given["mm_token_type_ids"] = (given["input_ids"] == CONFIG["image_token_id"]).int()
+    with torch.no_grad():
+        logits = wide(**given, spatial_latents=inputs["input.spatial_latents"]).logits
+    assert compare_with_release(model, inputs | {"output.logits": logits}).keys() == {"logits"}
+
+
+def test_references_that_say_nothing_are_refused():
+    model = convert_original_spa3_vlm(WEIGHTS, CONFIG)
+    with pytest.raises(ValueError, match="it computes none of .*'output.latents'"):
+        compare_with_release(model, golden("rms_norm")[1])
+    with pytest.raises(ValueError, match="expected input.pixel_values and input.spatial_latents"):
+        compare_with_release(model, {key: value for key, value in TENSORS.items() if key != "input.spatial_latents"})
+    whole = convert_original_spa3_vlm(with_encoder(), CONFIG)
+    assert compare_with_release(whole, golden("rms_norm")[1]).keys() == {"latents"}

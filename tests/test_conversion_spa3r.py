@@ -1,12 +1,9 @@
-import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from script_runs import load_script, start_script
 from tiny_models import GOLDEN, golden
 from transformers import DINOv3ViTModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -21,7 +18,6 @@ from spa3r_hf.conversion_spa3r import (
 )
 
 
-SCRIPT = Path(__file__).parents[1] / "training" / "convert_spa3r.py"
 VGGT = ("aggregator.", "camera_head.", "depth_head.", "point_head.")
 
 
@@ -145,13 +141,6 @@ class Malicious:
         return os.system, ("touch malicious",)
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("convert_spa3r", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def files(weights, vggt_weights, dinov3_weights, tmp_path_factory):
     """Checkpoints in the forms that they come in, and reference numbers that are another model's."""
@@ -170,16 +159,12 @@ def files(weights, vggt_weights, dinov3_weights, tmp_path_factory):
 
 def test_command_line(files, tmp_path):
     """In processes of their own: one checkpoint that agrees with the reference, one that does not."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1]), "HF_HUB_OFFLINE": "1"}
+    shared = ["--kind", "spa3r", "--checkpoint", files / "w.pt"]
     processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, *("--kind", "spa3r"), *("--checkpoint", files / "w.pt"), *more],
-            **{"env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+        start_script(
+            "convert_spa3r", list(map(str, [*shared, "--reference", reference, "--output_dir", tmp_path / name]))
         )
-        for more in (
-            ["--reference", GOLDEN["layer_norm"], "--output_dir", tmp_path / "good"],
-            ["--reference", files / "other_numbers.safetensors", "--output_dir", tmp_path / "bad"],
-        )
+        for reference, name in ((GOLDEN["layer_norm"], "good"), (files / "other_numbers.safetensors", "bad"))
     ]
     good, bad = (process.communicate()[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 1], good + bad
@@ -194,7 +179,7 @@ def test_command_line(files, tmp_path):
 
 
 def test_converted_folders_load_again(files, tmp_path, capsys):
-    main = load_script().main
+    main = load_script("convert_spa3r").main
     main(
         [
             *("--kind", "spa3r", "--checkpoint", str(GOLDEN["rms_norm"]), "--reference", str(GOLDEN["rms_norm"])),
@@ -241,7 +226,7 @@ def test_converted_folders_load_again(files, tmp_path, capsys):
 def test_command_line_refuses(files, tmp_path, capsys, monkeypatch, kind, checkpoint, more, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        load_script().main(
+        load_script("convert_spa3r").main(
             ["--kind", kind, "--checkpoint", str(files / checkpoint), "--output_dir", str(tmp_path / "out"), *more]
         )
     report = capsys.readouterr().err

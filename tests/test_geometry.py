@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spa3r_hf.camera_spa3r import cameras_to_pose_encoding, quaternion_to_rotation
+from spa3r_hf.feature_scale import feature_spread
 from spa3r_hf.geometry_losses import (
     CONFIDENCE_WEIGHT,
     MATCH_LAYERS,
@@ -154,6 +155,8 @@ def test_area_under_curve_is_the_mean_share_below_whole_degrees():
 
 def test_run_geometry_resumes_and_its_backbone_loads(tmp_path):
     pytest.importorskip("embreex")
+    from spa3r_hf.geometry_data import RoomGeometryDataset, split_walks
+
     config = {
         **{"model_type": "spa3r_vggt", "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2},
         **{"intermediate_size": 32, "image_size": 28, "patch_embedding": "dinov2", "camera_num_attention_heads": 2},
@@ -180,7 +183,13 @@ def test_run_geometry_resumes_and_its_backbone_loads(tmp_path):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     scores = json.loads((tmp_path / "whole" / "eval.json").read_text())["2_views"]
     assert scores["model"].keys() == scores["baseline"].keys() >= {"auc_30", "depth_abs_rel", "point_error"}
-    assert json.loads((tmp_path / "parts" / "run.json").read_text())["steps"] == 4
+    facts, commands = (json.loads((tmp_path / "parts" / name).read_text()) for name in ("run.json", "commands.json"))
+    assert facts["steps"] == 4 and facts["command"] == "; ".join(entry["command"] for entry in commands)
+    assert facts["seconds"] == pytest.approx(sum(entry["seconds"] for entry in commands), abs=1)
+    assert len(commands) == 2 and all(entry["seconds"] > 0 for entry in commands)
+    views = RoomGeometryDataset(split_walks("validation", 2, (28, 28), tmp_path / "rooms")).batches(4)[0]
+    backbone = Spa3RVGGTModel.from_pretrained(tmp_path / "whole").eval()
+    assert feature_spread(backbone, views["pixel_values"]) == pytest.approx(1, abs=1e-3)
 
     message = run("diverged", 4, "--learning_rate", "1e30", "--save_steps", "1", check=False)
     assert "FloatingPointError: the loss is nan at step 2" in message and "try a lower learning rate" in message

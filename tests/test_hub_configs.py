@@ -35,7 +35,8 @@ def test_the_nano_models_load_and_share_one_backbone():
         assert torch.equal(value, whole.semantic_teacher.state_dict()[key])
     for name in ("spa3r-nano", "vggt-nano"):
         assert AutoImageProcessor.from_pretrained(HUB_CONFIGS / name).size == 112
-    weights = list(HUB_CONFIGS.rglob("*.safetensors"))
+    family = ("spa3r-nano", "vggt-nano", "dinov3-rooms-nano")
+    weights = [path for name in family for path in (HUB_CONFIGS / name).rglob("*.safetensors")]
     assert sum(path.stat().st_size for path in weights) < 25e6
 
 
@@ -61,11 +62,12 @@ def test_the_semantic_teacher_knows_more_than_pixels_show(measured):
     assert measured["semantic"]["model"]["accuracy"] > measured["semantic"]["pixels"]["accuracy"] + 0.1
 
 
-def test_unseen_views_are_predicted_better_than_by_the_mean_and_by_the_nearest_view(measured):
-    """Not yet better than from another scene's latents: the shipped Spa3R reads little off its own."""
+def test_unseen_views_are_predicted_better_than_by_any_baseline(measured):
     scores = measured["psfm"]
-    for kind in ("geometric", "semantic"):
+    # How much better, at least, than another scene's latents.
+    for kind, margin in (("geometric", 0.08), ("semantic", 0.02)):
         assert scores[f"{kind}_cosine"] > scores["baselines"]["mean"][f"{kind}_cosine"] + 0.1
         for metric in ("cosine", "centred_cosine"):
             key = f"{kind}_{metric}"
-            assert scores[key] > scores["baselines"]["nearest_context"][key] + 0.05
+            assert scores[key] > scores["baselines"]["nearest_context"][key] + 0.1
+            assert scores[key] > scores["baselines"]["other_scene"][key] + margin

@@ -363,6 +363,15 @@ def test_trainable_parameters_are_told(encoder, capsys):
     )
 
 
+def test_merging_is_refused_with_a_reason(encoder):
+    model = get_spa3_vlm(tiny_vlm("internvl"), encoder, Spa3AdapterConfig(lora_config=LORA))
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            NotImplementedError, match="cannot be merged into the VLM, as what it adds to a visual token"
+        ):
+            merge()
+
+
 def test_configuration_is_completed_on_a_copy(encoder):
     config = Spa3AdapterConfig(num_attention_heads=4)
     model = get_spa3_vlm(tiny_vlm("gemma3"), encoder, config)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from tiny_models import scene_pixels, tiny_vggt_config
@@ -5,6 +7,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from spa3r_hf import Spa3RVGGTModel
+from spa3r_hf.feature_scale import scale_features
 from spa3r_hf.layers_spa3r import Spa3RAttention
 from spa3r_hf.modeling_spa3r_vggt import order_context_first
 
@@ -174,3 +177,24 @@ def test_save_and_load(model, pixels, tmp_path):
     expected, result = model(pixels, **HEADS), loaded(pixels, **HEADS)
     for key in ("last_hidden_state", *HEAD_OUTPUTS):
         assert torch.equal(result[key], expected[key]), key
+
+
+@pytest.mark.parametrize("patch_embedding", ["conv", "dinov2"])
+def test_scaled_features_leave_the_heads_as_they_were(patch_embedding, tmp_path):
+    model = tiny_vggt(patch_embedding=patch_embedding)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    pixels = scene_pixels()
+    with torch.no_grad():
+        before = model(pixels, **HEADS)
+        scale_features(model, 0.1)
+        after = model(pixels, **HEADS)
+        model.save_pretrained(tmp_path)
+        again = Spa3RVGGTModel.from_pretrained(tmp_path).eval()(pixels, **HEADS)
+    close(after.last_hidden_state, 0.1 * before.last_hidden_state, tolerance=1e-4)
+    for key in HEAD_OUTPUTS:
+        close(after[key], before[key], tolerance=1e-4)
+        close(again[key], after[key])
+    for factor in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"factor = {factor}"):
+            scale_features(model, factor)

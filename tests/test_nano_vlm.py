@@ -1,13 +1,12 @@
 """The nano VLM's parts, questions about rooms as instruction data, and the comparison on them, end to end."""
 
-import importlib.util
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from script_runs import load_script
 from tiny_models import tiny_spa3r
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -21,16 +20,7 @@ from spa3r_hf.spa3_vlm_comparison import comparison_table, pick_evenly, score_an
 
 for package in ("embreex", "evaluate", "accelerate"):
     pytest.importorskip(package)
-TRAINING = Path(__file__).parents[1] / "training"
 SIZES = {"num_rooms": 3, "num_eval_rooms": 2, "image_size": 56, "num_frames": 12, "most": 2}
-
-
-def load(name: str):
-    specification = importlib.util.spec_from_file_location(name, TRAINING / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +113,7 @@ def test_the_scripts_without_data(work, monkeypatch):
     shared = ["--num_rooms", "3", "--num_eval_rooms", "2", "--image_size", "56", "--questions_per_type", "2"]
     shared += ["--rooms_dir", "rooms", "--num_workers", "1", "--eval_questions", "10", "--max_steps", "2", "--use_cpu"]
     shared += ["--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"]
-    load("build_nano_vlm").main([*shared, "--vlm_dir", "nano-vlm"])
+    load_script("build_nano_vlm").main([*shared, "--vlm_dir", "nano-vlm"])
     assert {"README.md", "eval.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in Path("nano-vlm").iterdir()
     }
@@ -135,7 +125,7 @@ def test_the_scripts_without_data(work, monkeypatch):
         before["model.visual.patch_embed.proj.weight"], after["model.visual.patch_embed.proj.weight"]
     )
 
-    script = load("run_spa3_vlm")
+    script = load_script("run_spa3_vlm")
     models = ["--vlm_name_or_path", "nano-vlm", "--spatial_encoder_name_or_path", "encoder"]
     script.main([*shared, *models, "--output_dir", "comparison"])
     results = json.loads(Path("comparison/eval.json").read_text())

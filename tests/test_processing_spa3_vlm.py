@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_spa3r
-from tiny_processors import OPTIONS, chat_template, tiny_tokenizer, tiny_vlm_folder
+from tiny_processors import OPTIONS, Processors, chat_template, tiny_tokenizer, tiny_vlm_folder
 from tiny_vlms import BOS, END, EOS, FAMILIES, IMAGE, PAD, START, tiny_vlm
 from transformers import AutoProcessor, Gemma3Processor, SmolVLMProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -43,27 +42,9 @@ def process(processor: Spa3VLMProcessor, conversation: list, **options):
     return processor.apply_chat_template(conversation, **options)
 
 
-class Processors(dict):
-    """A processor of every family, made when it is asked for."""
-
-    def __init__(self, root: Path):
-        super().__init__()
-        self.root = root
-
-    def __missing__(self, family: str) -> Spa3VLMProcessor:
-        folder = tiny_vlm_folder(family, self.root / family)
-        try:
-            self[family] = Spa3VLMProcessor.from_vlm(folder, Spa3RImageProcessor(size=42))
-        except ValueError as error:
-            if "Could not load any image processor" not in str(error):
-                raise
-            pytest.skip(f"this version of transformers needs torchvision for {family}")  # 5.17: Idefics3, SmolVLM
-        return self[family]
-
-
 @pytest.fixture(scope="module")
 def processors(tmp_path_factory):
-    return Processors(tmp_path_factory.mktemp("vlms"))
+    return Processors(tmp_path_factory.mktemp("vlms"), size=42)
 
 
 @pytest.fixture
@@ -415,6 +396,9 @@ def test_frames_of_a_video_file(processor, tmp_path):
             "entry 0 is at 'https://x.org/a.png'; expected",
         ),
         (ask({"type": "image", "image": picture(0, 200, 3)}), "sample 0, view 0: .* is 200 x 3 pixels"),
+        (ask({"type": "image", "image": Image.new("RGB", (0, 3))}), "entry 0 is 0 x 3 pixels; expected at least one"),
+        (ask({"type": "video", "video": [None]}), "message 0, entry 0, frame 0 is a NoneType; expected a PIL picture"),
+        (ask({"type": "video", "video": "x" * 3000}), "entry 0: 'xxx.* cannot be opened: File name too long"),
         (ask(view(), text="w11 <|image_pad|>"), r"sample 0 has 1 views and 2 times '<\|image_pad\|>' in its prompt"),
         (ask(text="w11 <|video_pad|>"), r"sample 0 has '<\|video_pad\|>' in its prompt; expected none"),
     ],

@@ -1,12 +1,9 @@
 """The training script of Spa3-VLM, through its command line, on tiny models."""
 
-import importlib.util
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from script_runs import TRAINING, assert_same_weights, finish, load_script, losses, start_script
 from tiny_models import tiny_spa3r
 from tiny_processors import tiny_vlm_folder
 from tiny_vlms import tiny_vlm
@@ -22,12 +20,12 @@ from transformers import AutoModelForImageTextToText
 
 from spa3r_hf import Spa3RImageProcessor, Spa3VLM, Spa3VLMProcessor
 from spa3r_hf.errors import BadSampleError
+from spa3r_hf.instruction_data import InstructionData, InstructionSet
+from spa3r_hf.sft_data import SFTCollator
 
 
 pytest.importorskip("accelerate")
-SCRIPT = Path(__file__).parents[1] / "training" / "run_spa3_vlm.py"
-# Same order of sums in every run: what is compared below is compared bit for bit.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+RECIPES = TRAINING / "recipes"
 ADAPTER = "adapter_model.safetensors"
 # 13 records: an epoch of 4 steps of 4, saved in its midst and in that of the next.
 STEPS = {"max_steps": 9, "save_steps": 3, "logging_steps": 2, "learning_rate": 1e-2}
@@ -36,11 +34,7 @@ BATCH = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("run_spa3_vlm", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["run_spa3_vlm"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+    return load_script("run_spa3_vlm")
 
 
 def record(*texts: str, **media) -> dict:
@@ -69,6 +63,12 @@ def work(tmp_path_factory) -> Path:
     others = [record("<video> w40 w41", "w42", video="frames"), record("<video> w43", "w44 w45", video="frames")]
     others += [record(f"w{number} " * 9, f"w{number + 1}") for number in range(50, 58)]
     (work / "others.jsonl").write_text("\n".join(map(json.dumps, others)))
+    held_out = [record(f"<image> w{20 + number}", f"w{30 + number}", image=f"{number}.png") for number in range(3)]
+    held_out += [
+        record("<video> w40", "w42 " * 9, video="frames"),
+        record("w43", "4", question_type="object_counting"),
+    ]
+    (work / "held_out.json").write_text(json.dumps(held_out))
     return work
 
 
@@ -82,32 +82,7 @@ def flags(work: Path, output: str, **options) -> list[str]:
     return [word for name, values in lists.items() for word in (f"--{name}", *map(str, values))]
 
 
-def start(arguments: list[str], processes: int = 1) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), *arguments]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def losses(folder: Path) -> list[dict]:
-    """What was logged, without what depends on the time."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "train_runtime" not in entry]
-
-
-def assert_same_weights(one: Path, other: Path, **tolerance) -> None:
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        if tolerance:
-            torch.testing.assert_close(value, second[key], **tolerance)
-        else:
-            assert torch.equal(value, second[key]), key
+start = partial(start_script, "run_spa3_vlm")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +112,8 @@ def test_what_a_run_leaves(finished, work):
     assert logged[-1]["loss"] < logged[0]["loss"] and run["loss"] == logged[-1]["loss"]
     assert all(0 <= entry["token_accuracy"] <= 1 for entry in logged)
     card = ModelCard.load(folder / "README.md")
-    assert card.data.base_model == str(work / "vlm") and f"{run['loss']:.4f}" in card.text
+    assert card.data.base_model is None and str(work) not in card.text  # these folders are nobody else's
+    assert f"{run['loss']:.4f}" in card.text and run["vlm"] == "vlm"
     assert "parameters are trained" in output and "Traceback" not in output
     assert len(list((work / "latents").rglob("*.safetensors"))) == 4 + 3 + 1 + 1  # the white picture, too
 
@@ -174,6 +150,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, work):
 def test_two_processes_are_as_one_with_twice_the_batches(script, work):
     """Text alone in one process, pictures in the other; the whole VLM is trained, its merger as well."""
     options = {"train_merger": True, "max_steps": 4, "save_steps": 2, "seed": 1, "learning_rate": 1e-3}
+    options |= {"eval_data": work / "held_out.json", "eval_strategy": "steps", "eval_steps": 2}
     process = start(flags(work, "two", **options, gradient_accumulation_steps=1), processes=2)
     script.main(flags(work, "one", **options))
     output = finish(process)
@@ -182,6 +159,9 @@ def test_two_processes_are_as_one_with_twice_the_batches(script, work):
         assert_same_weights(work / "two" / name, work / "one" / name, rtol=1e-3, atol=1e-4)
     for one, other in zip(losses(work / "two/checkpoint-4"), losses(work / "one/checkpoint-4"), strict=True):
         assert one.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-4)
+        assert one.get("eval_loss", 0) == pytest.approx(other.get("eval_loss", 0), rel=1e-4)
+    scores = [json.loads((work / name / "eval.json").read_text()) for name in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4) and "exact_match" in scores[0]
 
     # What was trained is what was to be, and goes on from where it was.
     before, after = (load_file(folder / "model.safetensors") for folder in (work / "vlm", work / "one" / "vlm"))
@@ -191,6 +171,57 @@ def test_two_processes_are_as_one_with_twice_the_batches(script, work):
     script.main(flags(work, "resumed", **options, resume_from_checkpoint=work / "one" / "checkpoint-2"))
     assert_same_weights(work / "resumed" / "vlm/model.safetensors", work / "one" / "vlm/model.safetensors")
     assert_same_weights(work / "resumed" / ADAPTER, work / "one" / ADAPTER)
+
+
+def test_scores_while_it_trains(script, work):
+    """They are those of the model at that time, and being scored changes nothing."""
+    options = {"train": "lora", "lora_r": 2, "lora_dropout": 0.2, "max_steps": 4, "save_strategy": "no"}
+    scored = {"eval_data": work / "held_out.json", "eval_strategy": "steps", "eval_steps": 2}
+    scored |= {"per_device_eval_batch_size": 2}
+    script.main(flags(work, "unscored", **options))
+    script.main(flags(work, "scored", **options | scored | {"save_strategy": "steps", "save_steps": 2}))
+    assert_same_weights(work / "unscored" / ADAPTER, work / "scored" / ADAPTER)
+    assert not (work / "unscored" / "eval.json").exists()
+
+    history = losses(work / "scored/checkpoint-4")
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4]
+    scores = json.loads((work / "scored" / "eval.json").read_text())
+    assert {name: evaluations[1][f"eval_{name}"] for name in scores} == scores
+    assert scores.keys() >= {"loss", "token_accuracy", "exact_match", "object_counting", "overall"}
+    for checkpoint, entry in zip((2, 4), evaluations, strict=True):
+        model = Spa3VLM.from_pretrained(work / f"scored/checkpoint-{checkpoint}")
+        assert entry["eval_loss"] == pytest.approx(loss_by_hand(model, work), rel=1e-5)
+    card = (work / "scored" / "README.md").read_text()
+    assert f"{scores['loss']:.4f}" in card and f"{scores['exact_match']:.1f}" in card
+
+
+def loss_by_hand(model: Spa3VLM, work: Path) -> float:
+    """Mean over all answers' tokens of the records held out, one record at a time."""
+    processor = Spa3VLMProcessor.from_pretrained(work / "scored")
+    data = InstructionData([InstructionSet.open(str(work / "held_out.json"))])
+    total = count = 0
+    for number in range(len(data)):
+        batch = SFTCollator(processor)([data[number]])
+        labels, batch = batch.pop("labels"), {key: value for key, value in batch.items() if key != "bad_samples"}
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1][labels[:, 1:] != -100]
+        total += float(torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+def test_the_best_checkpoint_is_kept(script, work):
+    """Where the greatest loss is the best, that is an early one."""
+    options = {"max_steps": 3, "save_steps": 1, "eval_data": f"{work / 'held_out.json'}%60"}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    script.main(flags(work, "best", **options, metric_for_best_model="loss"))
+    evaluations = [entry["eval_loss"] for entry in losses(work / "best/checkpoint-3") if "eval_loss" in entry]
+    best = 1 + evaluations.index(max(evaluations))
+    assert best < 3 and len(evaluations) == 3
+    for name in (ADAPTER, "vlm/model.safetensors"):
+        assert_same_weights(work / "best" / name, work / f"best/checkpoint-{best}" / name)
+    assert json.loads((work / "best" / "eval.json").read_text())["loss"] == pytest.approx(max(evaluations), rel=1e-6)
 
 
 def test_the_adapter_alone_by_either_way_of_integration(script, work):
@@ -237,6 +268,18 @@ def test_bad_samples_stop_a_run_or_are_named(script, work, caplog):
     assert f"left out 1 times: {next(iter(run['bad_samples']))}" in (work / "skipped" / "README.md").read_text()
 
 
+def test_bad_samples_of_an_evaluation_are_named(script, work):
+    bad = [record("<image> w11", "w12", image="missing.png"), record("<image> w11", "w12", image="0.png")]
+    (work / "bad_held_out.json").write_text(json.dumps(bad))
+    options = {"train": "adapter", "max_steps": 1, "save_strategy": "no", "eval_data": work / "bad_held_out.json"}
+    with pytest.raises(BadSampleError, match="missing.png"):
+        script.main(flags(work, "bad_evaluation", **options))
+    script.main(flags(work, "bad_evaluation", **options, on_bad_sample="skip"))
+    (message,) = json.loads((work / "bad_evaluation" / "run.json").read_text())["bad_samples"]
+    assert "bad_held_out.json, record 0" in message and "missing.png does not exist" in message
+    assert "exact_match" in json.loads((work / "bad_evaluation" / "eval.json").read_text())
+
+
 def test_bf16(script, work):
     options = {"train": "adapter", "bf16": True, "dtype": "bfloat16", "max_steps": 2, "save_strategy": "no"}
     script.main(flags(work, "bf16", **options))
@@ -252,6 +295,10 @@ def test_mistakes_are_named(script, finished, work, tmp_path):
         script.main(flags(work, "nothing-here", resume_from_checkpoint="last"))
     with pytest.raises(FileNotFoundError, match="nowhere.json does not exist"):
         script.main(flags(work, "no", data=["nowhere.json%25"]))
+    with pytest.raises(ValueError, match="no data to train on; expected --data as well"):
+        script.parse_arguments(["--eval_data", "a.json"])
+    with pytest.raises(ValueError, match="eval_strategy"):
+        script.main(flags(work, "no", eval_strategy="steps", eval_steps=1))
     with pytest.raises(ValueError, match="expected modules of the language model"):
         script.main(flags(work, "no", train="lora", lora_target_modules=["nothing_proj"]))
     (tmp_path / "a.yaml").write_text("integrations: append")
@@ -262,15 +309,14 @@ def test_mistakes_are_named(script, finished, work, tmp_path):
 def test_configurations_for_accelerate_are_read():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    folder = SCRIPT.parent / "recipes"
-    assert load_config_from_file(str(folder / "accelerate_fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
+    assert load_config_from_file(str(RECIPES / "accelerate_fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
     for stage in (2, 3):
-        config = load_config_from_file(str(folder / f"accelerate_zero{stage}.yaml"))
+        config = load_config_from_file(str(RECIPES / f"accelerate_zero{stage}.yaml"))
         assert config.deepspeed_config["zero_stage"] == stage and config.mixed_precision == "bf16"
 
 
 def test_recipes_of_the_repository_are_read(script):
-    for recipe in SCRIPT.parent.joinpath("recipes").glob("spa3_vlm_*.yaml"):
+    for recipe in RECIPES.glob("spa3_vlm_*.yaml"):
         arguments = [str(recipe), "--use_cpu", "--bf16", "false", "--data", "a.json", "b.json%25"]
         model, data, _, args = script.parse_arguments(arguments)
         assert data.data == ["a.json", "b.json%25"] and args.learning_rate == 1e-5

@@ -1,4 +1,5 @@
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from spa3r_hf.scenes import (
     Scene,
     StreamedScenes,
     VideoScenes,
-    check_cameras,
+    check_scene_cameras,
     open_scenes,
     scannetpp_scenes,
 )
@@ -117,11 +118,11 @@ def test_cameras_beside_the_photographs(tmp_path):
         (lambda p, k: (p[:2], k), r"poses have shape \(2, 4, 4\); expected \(3, 4, 4\)"),
         (lambda p, k: (p[:, :3], k), r"poses have shape \(3, 3, 4\)"),
         (lambda p, k: (p, k[:, :2]), r"intrinsics have shape \(3, 2, 3\); expected \(3, 3, 3\)"),
-        (lambda p, k: (p * 1.01, k), "view 0: camera .*expected an orthonormal rotation"),
-        (lambda p, k: (p * [-1, 1, 1, 1], k), "expected an orthonormal rotation with determinant 1"),
-        (lambda p, k: (np.concatenate([p[:2], p[2:] + np.inf]), k), "view 2: .*expected finite extrinsics"),
-        (lambda p, k: (p, k * [[-1, 1, 1]]), "expected positive focal lengths"),
-        (lambda p, k: (p, np.linalg.inv(k).swapaxes(1, 2)), "expected a last row of the intrinsics of 0, 0, 1"),
+        (lambda p, k: (p * 1.01, k), "view 0 has a rotation that is not orthonormal with determinant 1: extrinsics"),
+        (lambda p, k: (p * [-1, 1, 1, 1], k), "view 0 has a rotation that is not orthonormal with determinant 1"),
+        (lambda p, k: (np.concatenate([p[:2], p[2:] + np.inf]), k), "view 2 has numbers that are not finite"),
+        (lambda p, k: (p, k * [[-1, 1, 1]]), "view 0 has a focal length that is not above 0"),
+        (lambda p, k: (p, np.linalg.inv(k).swapaxes(1, 2)), "last row of the intrinsics that is not 0, 0, 1"),
     ],
 )
 def test_impossible_cameras_are_named(tmp_path, change, message):
@@ -144,14 +145,23 @@ def test_unreadable_camera_files_are_named(tmp_path):
             open_scenes(folder)[0]
 
 
-def test_check_cameras_accepts_what_is_right():
+def test_cameras_of_a_scene_are_checked_more_closely():
     poses, intrinsics = make_cameras(5)
-    check_cameras(np.linalg.inv(poses)[:, :3].astype(np.float32), intrinsics.astype(np.float32), 5, "test")
+    extrinsics = np.linalg.inv(poses)[:, :3]
+    check_scene_cameras(extrinsics.astype(np.float32), intrinsics.astype(np.float32), 5, "test")
+    check_scene_cameras(extrinsics[::-1], intrinsics, 5, "test")
+    check_scene_cameras(extrinsics * (1 + 4e-4), intrinsics, 5, "test")
+    with pytest.raises(BadSampleError, match="^test: the camera of view 0 has a rotation that is not orthonormal"):
+        check_scene_cameras(extrinsics * (1 + 6e-4), intrinsics, 5, "test")
+    for wrong in (np.linalg.inv(poses), extrinsics[0]):
+        with pytest.raises(BadSampleError, match=r"^test: extrinsics have shape \(.*4\); expected \(5, 3, 4\)"):
+            check_scene_cameras(wrong, intrinsics, 5, "test")
 
 
 def test_scenes_check_themselves():
-    with pytest.raises(ValueError, match=r"frame_step is \(4, 2\); expected 1 <= lowest <= highest"):
-        Scene("a", [], (4, 2))
+    for step in ((4, 2), (0, 2), (3,)):
+        with pytest.raises(ValueError, match=re.escape(f"scene 'a': frame_step is {step}; expected 1 <= lowest <=")):
+            Scene("a", [], step)
     with pytest.raises(BadSampleError, match="only one of extrinsics and intrinsics"):
         Scene("a", [], (1, 1), extrinsics=np.zeros((0, 3, 4)))
 
@@ -241,6 +251,17 @@ def test_damaged_rows_do_not_end_a_stream(dataset):
     with pytest.raises(BadSampleError, match="scene 'room1', view 2 cannot be opened"):
         scenes[1]().images[2]
     assert levels(scenes[2]()) == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize("images", [None, [None], [{"bytes": None, "path": None}]])
+def test_rows_without_pictures_are_bad_samples(dataset, images):
+    datasets = pytest.importorskip("datasets")
+    rows = dataset.cast_column("images", datasets.List(datasets.Image(decode=False))).to_dict()
+    rows["images"][1] = images
+    scenes = DatasetScenes(datasets.Dataset.from_dict(rows, features=dataset.features))
+    assert levels(scenes[0])[:2] == [0, 1]
+    with pytest.raises(BadSampleError, match="scene 'room1': images has empty entries; expected pictures"):
+        scenes[1]
 
 
 def test_wrong_columns_are_named(dataset):

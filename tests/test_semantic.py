@@ -12,7 +12,8 @@ from transformers import AutoModel, DINOv3ViTConfig
 
 
 pytest.importorskip("embreex")
-from spa3r_hf.geometry_data import RoomGeometryDataset  # noqa: E402  # needs the rooms
+from spa3r_hf.geometry_data import RoomGeometryDataset, room_batch_sampler  # noqa: E402  # needs the rooms
+from spa3r_hf.psfm_data import PSFMBatchSampler  # noqa: E402
 from spa3r_hf.rooms import generate_room  # noqa: E402
 from spa3r_hf.rooms_rendering import RoomRenderer  # noqa: E402
 from spa3r_hf.rooms_walks import PIXEL_CATEGORIES, RoomWalks  # noqa: E402
@@ -64,6 +65,19 @@ def test_walks_are_rendered_once_and_kept(tmp_path):
     assert (other.intrinsics != first.intrinsics).any()
     with pytest.raises(ValueError, match="0 rooms"):
         RoomWalks([])
+
+
+def test_settings_that_no_walk_can_serve_are_refused_before_training():
+    walks = RoomWalks(range(5), num_views=6)
+    sampler = room_batch_sampler(RoomGeometryDataset(walks, seed=3), 12, (2, 6), 2)
+    assert list(sampler) == list(PSFMBatchSampler(5, 12, (2, 6), batches_per_step=2, seed=3))
+    with pytest.raises(ValueError, match=r"views is \(2, 7\); expected at most 6, the views of a walk"):
+        room_batch_sampler(RoomGeometryDataset(walks), 12, (2, 7), 2)
+    for step in ((3,), (4, 1), (0, 1)):
+        with pytest.raises(ValueError, match="rooms: frame_step is .*; expected 1 <= lowest <= highest"):
+            RoomGeometryDataset(walks, frame_step=step)
+    with pytest.raises(ValueError, match="num_views is 1; expected at least 2"):
+        RoomGeometryDataset(walks)[0, 0, 1]
 
 
 def test_a_probe_reads_off_what_the_features_hold():

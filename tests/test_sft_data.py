@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_processors import tiny_tokenizer, tiny_vlm_folder
+from tiny_processors import Processors, tiny_tokenizer
 from tiny_vlms import EOS, FAMILIES, tiny_vlm
 from torch.utils.data import DataLoader
 
-from spa3r_hf import Spa3AdapterConfig, Spa3RImageProcessor, Spa3VLMProcessor, get_spa3_vlm
+from spa3r_hf import Spa3AdapterConfig, Spa3VLMProcessor, get_spa3_vlm
 from spa3r_hf.errors import BadSampleError
 from spa3r_hf.instruction_data import InstructionData, InstructionSet
 from spa3r_hf.latent_cache import LatentCache
@@ -40,29 +40,9 @@ def media(tmp_path_factory) -> Path:
     return folder
 
 
-class Processors(dict):
-    """A processor of every family, made when it is asked for."""
-
-    def __init__(self, root: Path):
-        super().__init__()
-        self.root = root
-
-    def __missing__(self, family: str) -> Spa3VLMProcessor:
-        folder = tiny_vlm_folder(family, self.root / family)
-        try:
-            self[family] = Spa3VLMProcessor.from_vlm(
-                folder, Spa3RImageProcessor(size=SIZE), min_frames=2, max_frames=3
-            )
-        except ValueError as error:
-            if "Could not load any image processor" not in str(error):
-                raise
-            pytest.skip(f"this version of transformers needs torchvision for {family}")
-        return self[family]
-
-
 @pytest.fixture(scope="module")
 def processors(tmp_path_factory):
-    return Processors(tmp_path_factory.mktemp("vlms"))
+    return Processors(tmp_path_factory.mktemp("vlms"), size=SIZE, min_frames=2, max_frames=3)
 
 
 @pytest.fixture

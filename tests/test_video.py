@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import spa3r_hf.video as video_module
 from spa3r_hf.errors import BadSampleError
 from spa3r_hf.video import VideoFrames
 
@@ -63,8 +64,32 @@ def test_single_frames_are_those_of_sequential_decoding(tmp_path, name, settings
     assert len(video) == len(expected) == len(video.seconds) == NUM_FRAMES
     for index in (17, 0, 39, 9, 10, 11, 38, -2):  # any order, around key frames
         np.testing.assert_array_equal(np.asarray(video[index]), expected[index], err_msg=f"frame {index}")
+    for indices in ([5, 31, 6, 17, 5, -1, 29, 30, 0], range(NUM_FRAMES), []):
+        pictures = [np.asarray(picture) for picture in video.pictures(indices)]
+        assert len(pictures) == len(indices)
+        for index, pixels in zip(indices, pictures, strict=True):
+            np.testing.assert_array_equal(pixels, expected[index], err_msg=f"frame {index}")
     with pytest.raises(IndexError):
         video[NUM_FRAMES]
+
+
+def test_no_more_is_decoded_than_needed(tmp_path, monkeypatch):
+    """Key frames every 10 frames, and between them frames that no other needs."""
+    video = VideoFrames(
+        write_video(tmp_path / "plain.mp4", options=GROUPS | {"x264-params": "b-pyramid=none:scenecut=0"})
+    )
+    decoded: list[int] = []
+    decode = video_module._decode_for
+
+    def count(container, stream, times):
+        for frame in decode(container, stream, times):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video_module, "_decode_for", count)
+    pictures = video.pictures([12, 14, 31])
+    # 10 is a key frame; then b-frames in pairs, 13, 16 and 19 the others. Of those: 10, 12, 13, 14, 16; 30, 31, 33.
+    assert len(decoded) < 9 and len(pictures) == 3
 
 
 def test_times_are_those_of_the_file(tmp_path):

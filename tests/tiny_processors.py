@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_vlms import BOS, CONFIGS, END, EOS, IMAGE, PAD, START, VIDEO, VOCABULARY
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+
+from spa3r_hf import Spa3RImageProcessor, Spa3VLMProcessor
 
 
 UNKNOWN, FAKE, GLOBAL, UTTERANCE = 3, 94, 95, 96
@@ -109,3 +112,28 @@ def tiny_vlm_folder(family: str, folder: Path) -> Path:
     if family in OPTIONS:
         (folder / "processor_config.json").write_text(json.dumps(OPTIONS[family]))
     return folder
+
+
+class Processors(dict):
+    """
+    A processor of every family, made when it is asked for.
+
+    Args:
+        root: Where their VLMs' folders are made.
+        size: Of the encoder's pictures.
+        options: Of the processors.
+    """
+
+    def __init__(self, root: Path, size: int, **options: Any):
+        super().__init__()
+        self.root, self.size, self.options = root, size, options
+
+    def __missing__(self, family: str) -> Spa3VLMProcessor:
+        folder = tiny_vlm_folder(family, self.root / family)
+        try:
+            self[family] = Spa3VLMProcessor.from_vlm(folder, Spa3RImageProcessor(size=self.size), **self.options)
+        except ValueError as error:
+            if "Could not load any image processor" not in str(error):
+                raise
+            pytest.skip(f"this version of transformers needs torchvision for {family}")  # 5.17: Idefics3, SmolVLM
+        return self[family]

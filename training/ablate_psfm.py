@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 
-from spa3r_hf import Spa3RForPreTraining
+from spa3r_hf import Spa3RConfig, Spa3RForPreTraining
 from spa3r_hf.geometry_data import RoomGeometryDataset, room_batches, split_walks
 from spa3r_hf.psfm_ablation import (
     ProbeData,
@@ -40,6 +39,7 @@ from spa3r_hf.psfm_ablation import (
 from spa3r_hf.psfm_ablation_report import ablation_chart, ablation_report
 from spa3r_hf.psfm_metrics import mean_features
 from spa3r_hf.spatial_probes import RoomFacts, backbone_tokens, rooms_of, views_of
+from spa3r_hf.training_arguments import parse_with_recipe, read_config, usage_errors
 
 
 logger = logging.getLogger("ablate_psfm")
@@ -55,12 +55,17 @@ class AblationArguments:
     output_dir: str = field(default="outputs/ablations", metadata={"help": "Where everything is written."})
     cache_dir: str = field(default="outputs/rooms", metadata={"help": "Where rendered rooms are kept, 3 MB each."})
     seeds: int = field(default=3, metadata={"help": "Runs of each variant."})
-    steps: int = field(default=600, metadata={"help": "Steps of a run, of four rooms each."})
-    num_rooms: int = field(default=256, metadata={"help": "Rooms to train on; two sets of eight views of each."})
+    steps: int = field(default=250, metadata={"help": "Steps of a run, of four rooms each."})
+    num_rooms: int = field(default=192, metadata={"help": "Rooms to train on; two sets of eight views of each."})
     num_eval_rooms: int = field(default=32, metadata={"help": "Rooms to predict unseen views of."})
     num_probe_rooms: int = field(default=400, metadata={"help": "Rooms that the probes learn from."})
     num_test_rooms: int = field(default=100, metadata={"help": "Rooms that the probes are scored on."})
     num_processes: int = field(default=os.cpu_count() or 1, metadata={"help": "Runs made side by side."})
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} = {value}; expected at least 1")
 
     @property
     def folder(self) -> Path:
@@ -75,7 +80,8 @@ HALVES = (range(0, 40, 10), range(5, 40, 10))
 
 @lru_cache(maxsize=1)
 def load_base(path: str) -> Spa3RForPreTraining:
-    return Spa3RForPreTraining.from_pretrained(path).eval()
+    # Eager attention is fastest on CPU at nano size.
+    return Spa3RForPreTraining.from_pretrained(path, dtype="float32", attn_implementation="eager").eval()
 
 
 def image_size_of_rooms(base: Spa3RForPreTraining) -> tuple[int, int]:
@@ -168,11 +174,12 @@ def make_runs(args: AblationArguments, pending: list[tuple[str, dict[str, Any], 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser: Any = HfArgumentParser(AblationArguments, allow_abbrev=False)  # type: ignore[arg-type]
-    (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    check_same_settings(args)
+    with usage_errors(__name__):
+        (args,) = parse_with_recipe((AblationArguments,), sys.argv[1:] if argv is None else argv)
+        read_config("model_name_or_path", args.model_name_or_path, Spa3RConfig)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        check_same_settings(args)
     pending = [
         (name, changes, seed)
         for seed in range(args.seeds)

@@ -14,32 +14,41 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from transformers import AutoConfig, AutoModel, HfArgumentParser, PreTrainedModel, TrainingArguments, set_seed
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoModel, DINOv3ViTConfig, PreTrainedConfig, PreTrainedModel
 
-from spa3r_hf import Spa3RConfig, Spa3RForPreTraining, Spa3RImageProcessor
-from spa3r_hf.checkpoint_spa3r import last_checkpoint
+from spa3r_hf import Spa3RConfig, Spa3RForPreTraining, Spa3RImageProcessor, Spa3RVGGTConfig
 from spa3r_hf.geometry_data import SPLITS, RoomGeometryDataset, room_batches, split_walks
+from spa3r_hf.licences import describe_sources
 from spa3r_hf.model_card import psfm_table
+from spa3r_hf.modeling_spa3r import num_context_views
 from spa3r_hf.psfm_data import PSFMBatchSampler, PSFMDataset, StreamingPSFMDataset
 from spa3r_hf.psfm_metrics import unseen_depth
 from spa3r_hf.psfm_report import draw_orbit, write_psfm_report
 from spa3r_hf.psfm_splits import PSFMSplit, batches_of, split_scenes
 from spa3r_hf.psfm_trainer import PSFMTrainer
-from spa3r_hf.run_facts import run_facts
+from spa3r_hf.run_facts import RunRecord, shown_path
 from spa3r_hf.scenes import SceneDataset, StreamedScenes, open_scenes
 from spa3r_hf.scenes_rooms import RoomScenes
+from spa3r_hf.training_arguments import (
+    RunArguments,
+    checkpoint_to_resume,
+    parse_with_recipe,
+    read_config,
+    start_run,
+    usage_errors,
+)
 
 
 logger = logging.getLogger("run_psfm")
 REPOSITORY = Path(__file__).resolve().parent.parent
 ORBIT_VIEWS = 22
+TEACHERS: dict[str, type[PreTrainedConfig]] = {"backbone": Spa3RVGGTConfig, "semantic": DINOv3ViTConfig}
 
 
 @dataclass
@@ -103,7 +112,7 @@ class DataArguments:
 
 
 @dataclass
-class PSFMTrainingArguments(TrainingArguments):
+class PSFMTrainingArguments(RunArguments):
     output_dir: str | None = field(default="outputs/psfm", metadata={"help": "Where everything is written."})
     max_steps: int = 1000
     learning_rate: float = 2e-3
@@ -111,37 +120,15 @@ class PSFMTrainingArguments(TrainingArguments):
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr_rate": 0.1})
     warmup_steps: float = 0.05
     weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
     logging_steps: float = 25
-    report_to: None | str | list[str] = "none"
-    seed: int = 0
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint to go on from; 'last': the last one in output_dir."}
-    )
-    hub_strategy: str = "end"
     ddp_find_unused_parameters: bool | None = False  # all that are trained are used
 
 
 def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, PSFMTrainingArguments]:
-    kinds: Any = (ModelArguments, DataArguments, PSFMTrainingArguments)
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        read = json.loads if argv[0].endswith(".json") else yaml.safe_load
-        recipe = read(Path(argv[0]).read_text())
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{argv[0]} holds {recipe!r}; expected names of arguments and their values")
-        unknown = sorted(recipe.keys() - {action.dest for action in parser._actions})
-        if unknown:
-            raise ValueError(f"{argv[0]} has unknown arguments {unknown}; see --help for those that exist")
-        # As flags they are checked as flags are; those that follow override them.
-        flags = [flag for name, value in recipe.items() if value is not None for flag in _to_flags(name, value)]
-        argv = flags + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
+    return parse_with_recipe((ModelArguments, DataArguments, PSFMTrainingArguments), argv)  # type: ignore[return-value]
 
 
-def _to_flags(name: str, value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name}", *(value if isinstance(value, str) else json.dumps(value) for value in values)]
+# --- parts of a run
 
 
 def build_model(args: ModelArguments) -> tuple[Spa3RForPreTraining, bool]:
@@ -150,36 +137,45 @@ def build_model(args: ModelArguments) -> tuple[Spa3RForPreTraining, bool]:
         for name in ("config_overrides", "backbone_name_or_path", "semantic_name_or_path"):
             if getattr(args, name):
                 raise ValueError(f"{name} is for a new model; expected either it or model_name_or_path")
+        read_config("model_name_or_path", args.model_name_or_path, Spa3RConfig)
         model = Spa3RForPreTraining.from_pretrained(
             args.model_name_or_path, attn_implementation=args.attn_implementation
         )
         return model, True
-    config = AutoConfig.from_pretrained(args.config_name)
-    if not isinstance(config, Spa3RConfig):
-        raise ValueError(f"config_name = {args.config_name} is a {config.model_type!r}; expected 'spa3r'")
-    settings = config.to_dict()
-    for name in ("backbone", "semantic"):
-        if path := getattr(args, f"{name}_name_or_path"):
-            settings[f"{name}_config"] = AutoConfig.from_pretrained(path).to_dict()
-    for name, value in json.loads(args.config_overrides or "{}").items():
+    original = read_config("config_name", args.config_name, Spa3RConfig).to_dict()
+    paths = {name: getattr(args, f"{name}_name_or_path") for name in TEACHERS}
+    settings = original | {"attn_implementation": args.attn_implementation}
+    for name, path in paths.items():
+        if path:
+            settings[f"{name}_config"] = read_config(f"{name}_name_or_path", path, TEACHERS[name]).to_dict()
+    for name, value in read_overrides(args.config_overrides).items():
         settings[name] = settings[name] | value if isinstance(value, dict) and name in settings else value
-    settings["attn_implementation"] = args.attn_implementation
     model = Spa3RForPreTraining(Spa3RConfig(**settings))
-    teachers = {"backbone": model.spa3r.backbone, "semantic": model.semantic_teacher}
-    own = own_teachers(args.config_name)
-    backbone_is_trained = False
-    for name, teacher in teachers.items():
-        if teacher is None:
-            continue
-        if path := getattr(args, f"{name}_name_or_path"):
-            trained = AutoModel.from_pretrained(path, dtype="float32")
-        elif own[name] is not None and settings[f"{name}_config"] == config.to_dict()[f"{name}_config"]:
-            trained = own[name]
-        else:
-            continue
-        teacher.load_state_dict(trained.state_dict())
-        backbone_is_trained |= name == "backbone"
-    return model, backbone_is_trained
+
+    trained = own_teachers(args.config_name)
+    for name, path in paths.items():
+        if path:
+            trained[name] = AutoModel.from_pretrained(path, dtype="float32")
+        elif settings[f"{name}_config"] != original[f"{name}_config"]:
+            trained[name] = None
+    try:
+        load_teachers(model, trained)
+    except RuntimeError as error:
+        raise ValueError(
+            f"config_overrides = {args.config_overrides} changes sizes of teachers whose weights are given; expected "
+            "one or the other"
+        ) from error
+    return model, trained["backbone"] is not None
+
+
+def read_overrides(text: str | None) -> dict[str, Any]:
+    try:
+        overrides = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config_overrides = {text!r} is not JSON: {error}") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f"config_overrides = {text!r}; expected names of settings and their values")
+    return overrides
 
 
 def own_teachers(config_name: str) -> dict[str, PreTrainedModel | None]:
@@ -187,8 +183,19 @@ def own_teachers(config_name: str) -> dict[str, PreTrainedModel | None]:
     try:
         shipped = Spa3RForPreTraining.from_pretrained(config_name, dtype="float32")
     except OSError:  # no weights there
-        return {"backbone": None, "semantic": None}
-    return {"backbone": shipped.spa3r.backbone, "semantic": shipped.semantic_teacher}
+        return dict.fromkeys(TEACHERS)
+    return teachers_of(shipped)
+
+
+def teachers_of(model: Spa3RForPreTraining) -> dict[str, PreTrainedModel | None]:
+    return {"backbone": model.spa3r.backbone, "semantic": model.semantic_teacher}
+
+
+def load_teachers(model: Spa3RForPreTraining, trained: Mapping[str, PreTrainedModel | None]) -> None:
+    for name, teacher in teachers_of(model).items():
+        source = trained[name]
+        if teacher is not None and source is not None:
+            teacher.load_state_dict(source.state_dict())
 
 
 def build_processor(model_args: ModelArguments, data_args: DataArguments) -> Spa3RImageProcessor:
@@ -228,62 +235,32 @@ def build_split(
     return split, name
 
 
-def score_unseen_depth(trainer: PSFMTrainer, args: DataArguments, size: int) -> dict[str, float]:
-    """The true depth of rooms is known: how well does the probe tell it for views that the encoder has not seen?"""
-    rooms = RoomGeometryDataset(split_walks("test", args.num_eval_rooms, (size, size)), frame_step=(2, 4))
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-    return unseen_depth(model, [trainer._prepare_inputs(batch) for batch in room_batches(rooms, args.eval_views)])
+def notes_on(backbone_is_trained: bool, has_cameras: bool) -> list[str]:
+    """What whoever reads the scores has to know."""
+    if backbone_is_trained:
+        return []
+    return [
+        "The geometry backbone and the semantic teacher have random weights: the features that are predicted mean "
+        "nothing yet; this run shows that prediction works.",
+        "Cameras are taken from the data, since a random camera head knows none."
+        if has_cameras
+        else "No cameras come from the data, and a random camera head knows none: views cannot be told apart.",
+    ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, args = parse_arguments(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s", stream=sys.stderr
-    )
-    disable_progress_bar()  # of loading and saving; training keeps its own
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {args.n_gpu} GPUs; expected torchrun --nproc_per_node {args.n_gpu}, or one GPU "
-            "(CUDA_VISIBLE_DEVICES=0)"
-        )
-    set_seed(args.seed)
-    started = time.monotonic()
-    output_dir = Path(str(args.output_dir))
-    resume = args.resume_from_checkpoint
-    if resume == "last":
-        resume = str(last_checkpoint(output_dir))
-    old = sorted(path.name for path in output_dir.glob("checkpoint-*"))
-    if old and not resume:
-        # They would be mixed up with those of this run, and lose their frozen weights.
-        raise FileExistsError(
-            f"{output_dir} holds the checkpoints of another run, {old}; expected --resume_from_checkpoint last, or "
-            "another --output_dir"
-        )
-
-    model, backbone_is_trained = build_model(model_args)
-    processor = build_processor(model_args, data_args)
-    use_cameras = data_args.cameras == "data" or (data_args.cameras == "auto" and not backbone_is_trained)
-    split, name = build_split(data_args, processor, model.config, use_cameras)
-    if data_args.cameras == "data" and not split.has_cameras:
-        raise ValueError(f"cameras = data, but {name} has no cameras; expected cameras.npz, or cameras = backbone")
-    notes = []
-    if not backbone_is_trained:
-        notes.append(
-            "The geometry backbone and the semantic teacher have random weights: the features that are predicted mean "
-            "nothing yet; this run shows that prediction works."
-        )
-        notes.append(
-            "Cameras are taken from the data, since a random camera head knows none."
-            if split.has_cameras
-            else "No cameras come from the data, and a random camera head knows none: views cannot be told apart."
-        )
-    for note in notes:
-        logger.info(note)
-
+def build_trainer(
+    model: Spa3RForPreTraining,
+    processor: Spa3RImageProcessor,
+    split: PSFMSplit,
+    data_args: DataArguments,
+    args: PSFMTrainingArguments,
+) -> PSFMTrainer:
+    mask_ratio = model.config.mask_ratio
+    num_context_views(data_args.min_views, mask_ratio)  # refuses samples without context or target
     max_views = data_args.max_views
-    if split.smallest_scene is not None and split.smallest_scene < max_views:
-        max_views = split.smallest_scene
+    smallest_scene = data_args.views_per_room if data_args.data_dir is None else split.smallest_scene
+    if smallest_scene is not None and smallest_scene < max_views:
+        max_views = smallest_scene
         logger.info("samples have at most %d views: the smallest scene has no more", max_views)
     batching: dict[str, Any] = {
         "images_per_batch": data_args.images_per_batch,
@@ -292,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     sampling: dict[str, Any] = {
         "seed": args.seed,
-        "mask_ratio": model.config.mask_ratio,
+        "mask_ratio": mask_ratio,
         "on_bad_sample": data_args.on_bad_sample,
     }
     batch_sampler = None
@@ -304,47 +281,94 @@ def main(argv: list[str] | None = None) -> None:
         # A handful of scenes gives many samples: an epoch then goes through them several times.
         repeats = max(1, 256 // len(split.train))
         batch_sampler = PSFMBatchSampler(repeats * len(split.train), seed=args.seed, **batching)
-
-    eval_batches = batches_of(split.eval_samples)
-    trainer = PSFMTrainer(
+    return PSFMTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
-        eval_dataset=eval_batches,
+        eval_dataset=batches_of(split.eval_samples),
         mean_batches=batches_of(split.mean_samples),
         batch_sampler=batch_sampler,
         processing_class=processor,
     )
+
+
+def score_unseen_depth(trainer: PSFMTrainer, args: DataArguments, size: int) -> dict[str, float]:
+    """The true depth of rooms is known: how well does the probe tell it for views that the encoder has not seen?"""
+    rooms = RoomGeometryDataset(split_walks("test", args.num_eval_rooms, (size, size)), frame_step=(2, 4))
+    with trainer.evaluated_model() as model:
+        return unseen_depth(model, [trainer._prepare_inputs(batch) for batch in room_batches(rooms, args.eval_views)])
+
+
+def write_report(trainer: PSFMTrainer, scores: dict[str, Any], run: dict[str, Any], draws_orbit: bool) -> None:
+    """What the run leaves beside its model, and what it says at the end."""
+    folder, model = trainer.output_dir, trainer.model.eval()
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.eval_dataset[:2]]
+    write_psfm_report(folder, model, batches, scores, trainer.state.log_history, run)
+    if draws_orbit:
+        walk = split_walks("test", 1, tuple(batches[0]["pixel_values"].shape[-2:]))[0].rgb[:ORBIT_VIEWS]
+        pictures = torch.from_numpy(walk).movedim(-1, 1).float().to(trainer.args.device) / 255
+        draw_orbit(model, pictures, folder / "pictures")
+    if trainer.bad_samples:
+        messages = "\n".join(f"{times} x {message}" for message, times in trainer.bad_samples.most_common())
+        logger.warning("%d bad samples were left out:\n%s", trainer.bad_samples.total(), messages)
+    logger.info("\n%s\n\nmodel, card, eval.json and pictures are in %s", psfm_table(scores), folder)
+
+
+def made_of(args: ModelArguments, data: DataArguments, backbone_is_trained: bool) -> dict[str, Any]:
+    """The names of the teachers, and what is known of their licences and the data's."""
+    if args.model_name_or_path:
+        teachers = [args.model_name_or_path]
+    else:
+        given = (args.backbone_name_or_path, args.semantic_name_or_path)
+        own = args.config_name if backbone_is_trained else None
+        teachers = [name for name in dict.fromkeys(path or own for path in given) if name]
+    sources = describe_sources([data.data_dir or "procedural rooms", *teachers])
+    return {"teachers": [shown_path(name) for name in teachers], "sources": sources}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    started = time.monotonic()
+    with usage_errors(__name__):
+        model_args, data_args, args = parse_arguments(argv)
+        start_run(args)
+        resume = checkpoint_to_resume(str(args.output_dir), args.resume_from_checkpoint)
+        if resume:
+            read_config("resume_from_checkpoint", resume, Spa3RConfig)
+        model, backbone_is_trained = build_model(model_args)
+        processor = build_processor(model_args, data_args)
+        use_cameras = data_args.cameras == "data" or (data_args.cameras == "auto" and not backbone_is_trained)
+        split, name = build_split(data_args, processor, model.config, use_cameras)
+        if data_args.cameras == "data" and not split.has_cameras:
+            raise ValueError(f"cameras = data, but {name} has no cameras; expected cameras.npz, or cameras = backbone")
+        notes = notes_on(backbone_is_trained, split.has_cameras)
+        for note in notes:
+            logger.info(note)
+        trainer = build_trainer(model, processor, split, data_args, args)
+        record = RunRecord("run_psfm.py", argv, args, resume, started)
+        trainer.add_callback(record)
+
     trainer.train(resume_from_checkpoint=resume)
     trainer.bad_samples.update(split.bad_samples)
     scores = trainer.score()
-    if data_args.data_dir is None and model.config.depth_probe:
+    on_rooms = data_args.data_dir is None
+    if on_rooms and model.config.depth_probe:
         scores["unseen_depth"] = score_unseen_depth(trainer, data_args, processor.size)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-
     run = {
-        **run_facts("run_psfm.py", argv, args, model, trainer.state.global_step, started),
-        "name": trainer.hub_model_id or output_dir.resolve().name,
+        **record.facts(trainer, model),
         "data": name,
+        **made_of(model_args, data_args, backbone_is_trained),
         "held_out": split.held_out,
         "num_train_scenes": "a stream" if isinstance(split.train, StreamedScenes) else len(split.train),
         "cameras": "from the data" if split.has_cameras else "from the backbone's camera head",
         "notes": notes,
         "bad_samples": dict(trainer.bad_samples.most_common()),
     }
-    model.eval()
-    prepared = [trainer._prepare_inputs(batch) for batch in eval_batches[:2]]
-    write_psfm_report(output_dir, model, prepared, scores, trainer.state.log_history, run)
-    if data_args.data_dir is None and not split.has_cameras:  # cameras are the backbone's, at any view of the walk
-        walk = split_walks("test", 1, (processor.size,) * 2)[0].rgb[:ORBIT_VIEWS]
-        pictures = torch.from_numpy(walk).movedim(-1, 1).float().to(args.device) / 255
-        draw_orbit(model, pictures, output_dir / "pictures")
-    if trainer.bad_samples:
-        messages = "\n".join(f"{times} x {message}" for message, times in trainer.bad_samples.most_common())
-        logger.warning("%d bad samples were left out:\n%s", trainer.bad_samples.total(), messages)
-    logger.info("\n%s\n\nmodel, card, eval.json and pictures are in %s", psfm_table(scores), output_dir)
+    # In an orbit, cameras are the backbone's.
+    write_report(trainer, scores, run, draws_orbit=on_rooms and not split.has_cameras)
     if args.push_to_hub:
         trainer.push_to_hub()
 

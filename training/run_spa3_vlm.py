@@ -20,36 +20,33 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, TrainingArguments, set_seed
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoModel, AutoModelForImageTextToText, set_seed
 
 from spa3r_hf import Spa3AdapterConfig, Spa3RImageProcessor, Spa3VLM, Spa3VLMProcessor, get_spa3_vlm
 from spa3r_hf.instruction_data import InstructionData, InstructionSet, messages_of
+from spa3r_hf.instruction_evaluation import answer_conversations
 from spa3r_hf.latent_cache import SceneEncoder
-from spa3r_hf.rooms_instructions import room_instructions
 from spa3r_hf.rooms_questions import RoomQuestion
 from spa3r_hf.rooms_questions_balance import question_rows
-from spa3r_hf.run_facts import run_facts
-from spa3r_hf.spa3_vlm_comparison import (
-    VARIANTS,
-    answer_conversations,
-    comparison_table,
-    pick_evenly,
-    score_answers,
-    score_guessing,
+from spa3r_hf.run_facts import RunRecord
+from spa3r_hf.spa3_vlm_arguments import (
+    ComparisonArguments,
+    InstructionArguments,
+    InstructionTrainingArguments,
+    Spa3VLMArguments,
 )
-from spa3r_hf.spa3_vlm_report import write_spa3_vlm_report
+from spa3r_hf.spa3_vlm_comparison import VARIANTS, comparison_table, pick_evenly, score_answers, score_guessing
+from spa3r_hf.spa3_vlm_report import evaluation_table, write_spa3_vlm_report
 from spa3r_hf.spa3_vlm_trainer import Spa3VLMTrainer, choose_trained, instruction_trainer
-from spa3r_hf.training_arguments import checkpoint_to_resume, parse_with_recipe
+from spa3r_hf.training_arguments import checkpoint_to_resume, parse_with_recipe, start_run, usage_errors
 
 
 logger = logging.getLogger("run_spa3_vlm")
-REPOSITORY = Path(__file__).resolve().parent.parent
 ROOM_IMAGE_SIZE = 112
 # What differs from the defaults where there is no data.
 ROOMS_DEFAULTS: dict[str, Any] = {
@@ -58,132 +55,23 @@ ROOMS_DEFAULTS: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "warmup_steps": 0.05,
-    "min_frames": 12,
-    "max_frames": 12,
+    "min_frames": 8,
+    "max_frames": 8,
     "latents_dir": "outputs/latents",
     "dataloader_num_workers": 1,
     "logging_steps": 25,
     "save_strategy": "no",
 }
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass
-class ModelArguments:
-    vlm_name_or_path: str = field(
-        default=str(REPOSITORY / "hub_configs" / "nano-vlm"), metadata={"help": "The base VLM, folder or Hub repo."}
-    )
-    vlm_revision: str | None = field(default=None, metadata={"help": "Of the base VLM's repo."})
-    spatial_encoder_name_or_path: str = field(
-        default=str(REPOSITORY / "hub_configs" / "spa3r-nano"),
-        metadata={"help": "A Spa3R model, or, for the features of a backbone, a VGGT; folder or Hub repo."},
-    )
-    spatial_encoder_revision: str | None = field(default=None, metadata={"help": "Of the spatial encoder's repo."})
-    adapter_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "An adapter to go on from, folder or Hub repo; what it was trained with is taken from it."},
-    )
-    integration: Literal["cross_attention", "append"] = field(
-        default="cross_attention", metadata={"help": "How visual tokens get at the scene (the paper's Table 5)."}
-    )
-    spatial_features: Literal["latents", "backbone"] = field(
-        default="latents", metadata={"help": "What is read: Spa3R's latents or VGGT's features (Table 3)."}
-    )
-    train: Literal["adapter", "lora", "language_model"] = field(
-        default="language_model",
-        metadata={"help": "The adapter alone, with LoRA on the language model, or with all of it (the paper)."},
-    )
-    train_merger: bool = field(default=False, metadata={"help": "Train the VLM's vision merger as well."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA."})
-    lora_alpha: int = field(default=32, metadata={"help": "Its scale is alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: list(LORA_TARGETS), metadata={"help": "Which layers of the language model have one."}
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto",
-        metadata={
-            "help": "Of the VLM's weights. auto: as they were saved, or float32 where they are trained, since small "
-            "steps vanish in bfloat16 (--bf16 computes in it all the same)."
-        },
-    )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "eager, sdpa, flash_attention_2, ..."})
-
-
-@dataclass
-class DataArguments:
-    data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "JSON or JSONL files of records; 'file.json%%25' takes a quarter of one in every epoch."},
-    )
-    media_dir: str | None = field(
-        default=None, metadata={"help": "What the records' paths are relative to. Default: the folder of each file."}
-    )
-    seconds_per_frame: float = field(default=2.0, metadata={"help": "A frame of a video every so many seconds,"})
-    min_frames: int = field(default=4, metadata={"help": "but at least so many,"})
-    max_frames: int = field(default=8, metadata={"help": "and at most so many."})
-    image_size: int | None = field(default=None, metadata={"help": "Width in pixels. Default: the encoder's."})
-    max_length: int = field(
-        default=8192,
-        metadata={"help": "The most tokens of a sample. Nothing is cut off: longer ones are bad samples."},
-    )
-    on_bad_sample: Literal["raise", "skip"] = field(
-        default="raise", metadata={"help": "What to do about samples that cannot be used; skipped ones are named."}
-    )
-    latents_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where what the encoder makes of each scene is kept for later epochs and runs. None: nowhere."
-        },
-    )
-    latents_dtype: Literal["float16", "bfloat16", "float32"] = field(
-        default="float16", metadata={"help": "What latents are kept in."}
-    )
-
-
-@dataclass
-class RoomsArguments:
-    num_rooms: int = field(default=160, metadata={"help": "Procedural rooms to train on, where there is no data."})
-    num_eval_rooms: int = field(default=40, metadata={"help": "Rooms that questions are asked about afterwards."})
-    questions_per_type: int = field(default=8, metadata={"help": "Of each room, before they are balanced."})
-    questions_per_conversation: int = field(default=4, metadata={"help": "Learnt together, from one look at a room."})
-    eval_questions: int = field(default=400, metadata={"help": "About the rooms held out, of all types together."})
-    variants: list[str] = field(
-        default_factory=lambda: list(VARIANTS), metadata={"help": f"What is compared: some of {', '.join(VARIANTS)}."}
-    )
-    rooms_dir: str = field(
-        default="outputs/room_questions", metadata={"help": "Where questions and frames are kept for later runs."}
-    )
-    num_workers: int = field(default=2, metadata={"help": "Processes that make questions and frames."})
-
-
-@dataclass
-class SFTTrainingArguments(TrainingArguments):
-    output_dir: str | None = field(default="outputs/spa3_vlm", metadata={"help": "Where everything is written."})
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 1
-    gradient_accumulation_steps: int = 8
-    learning_rate: float = 1e-5
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.03
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    logging_steps: float = 10
-    report_to: None | str | list[str] = "none"
-    seed: int = 0
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint to go on from; 'last': the last one in output_dir."}
-    )
-    hub_strategy: str = "end"
-    ddp_find_unused_parameters: bool | None = False  # all that are trained are used
 
 
 def parse_arguments(
     argv: list[str],
-) -> tuple[ModelArguments, DataArguments, RoomsArguments, SFTTrainingArguments]:
-    kinds = (ModelArguments, DataArguments, RoomsArguments, SFTTrainingArguments)
+) -> tuple[Spa3VLMArguments, InstructionArguments, ComparisonArguments, InstructionTrainingArguments]:
+    kinds = (Spa3VLMArguments, InstructionArguments, ComparisonArguments, InstructionTrainingArguments)
     arguments = parse_with_recipe(kinds, argv)
     if not arguments[1].data:
+        if arguments[1].eval_data:
+            raise ValueError(f"eval_data = {arguments[1].eval_data}, but no data to train on; expected --data as well")
         arguments = parse_with_recipe(kinds, argv, ROOMS_DEFAULTS)
     return arguments  # type: ignore[return-value]
 
@@ -191,7 +79,7 @@ def parse_arguments(
 # --- parts of a run
 
 
-def build_model(args: ModelArguments) -> Spa3VLM:
+def build_model(args: Spa3VLMArguments) -> Spa3VLM:
     vlm_is_trained = args.train == "language_model" or args.train_merger
     options: dict[str, Any] = {
         "dtype": "float32" if args.dtype == "auto" and vlm_is_trained else args.dtype,
@@ -203,7 +91,7 @@ def build_model(args: ModelArguments) -> Spa3VLM:
     return model
 
 
-def _fresh_adapter(args: ModelArguments, options: dict[str, Any]) -> Spa3VLM:
+def _fresh_adapter(args: Spa3VLMArguments, options: dict[str, Any]) -> Spa3VLM:
     vlm = AutoModelForImageTextToText.from_pretrained(
         args.vlm_name_or_path, revision=args.vlm_revision or "main", **options
     )
@@ -226,12 +114,12 @@ def _fresh_adapter(args: ModelArguments, options: dict[str, Any]) -> Spa3VLM:
     return get_spa3_vlm(vlm, encoder, config)
 
 
-def _adapter_to_go_on_from(args: ModelArguments, options: dict[str, Any]) -> Spa3VLM:
+def _adapter_to_go_on_from(args: Spa3VLMArguments, options: dict[str, Any]) -> Spa3VLM:
     path = str(args.adapter_name_or_path)
     config = Spa3AdapterConfig.from_pretrained(path)
     for name in ("integration", "spatial_features"):
         asked, own = getattr(args, name), getattr(config, name)
-        if asked not in (own, ModelArguments.__dataclass_fields__[name].default):
+        if asked not in (own, Spa3VLMArguments.__dataclass_fields__[name].default):
             raise ValueError(f"{name} = {asked} is for a new adapter; {path} has {own}")
     model = Spa3VLM.from_pretrained(path, is_trainable=True, **options)
     if model.spatial_encoder is None:
@@ -239,7 +127,7 @@ def _adapter_to_go_on_from(args: ModelArguments, options: dict[str, Any]) -> Spa
     return model
 
 
-def build_processor(model_args: ModelArguments, data_args: DataArguments) -> Spa3VLMProcessor:
+def build_processor(model_args: Spa3VLMArguments, data_args: InstructionArguments) -> Spa3VLMProcessor:
     frames = {name: getattr(data_args, name) for name in ("seconds_per_frame", "min_frames", "max_frames")}
     if model_args.adapter_name_or_path:
         return Spa3VLMProcessor.from_pretrained(model_args.adapter_name_or_path, **frames)
@@ -252,9 +140,10 @@ def build_trainer(
     model: Spa3VLM,
     processor: Spa3VLMProcessor,
     data: InstructionData,
-    data_args: DataArguments,
-    args: SFTTrainingArguments,
+    data_args: InstructionArguments,
+    args: InstructionTrainingArguments,
     use_scenes: bool = True,
+    eval_data: InstructionData | None = None,
 ) -> Spa3VLMTrainer:
     """A trainer on some data; without the scenes, of the VLM alone."""
     scene_encoder = None
@@ -267,6 +156,7 @@ def build_trainer(
         data,
         args,
         scene_encoder=scene_encoder,
+        eval_data=eval_data,
         max_length=data_args.max_length,
         on_bad_sample=data_args.on_bad_sample,
     )
@@ -275,38 +165,53 @@ def build_trainer(
 # --- training on the user's data
 
 
-def train_on_data(
-    model_args: ModelArguments, data_args: DataArguments, args: SFTTrainingArguments, argv: list[str]
-) -> None:
-    """Train on the user's data, and write the adapter with its card."""
-    started = time.monotonic()
-    output_dir = Path(str(args.output_dir))
-    resume = checkpoint_to_resume(output_dir, args.resume_from_checkpoint)
-    data = InstructionData([InstructionSet.open(name, data_args.media_dir) for name in data_args.data], args.seed)
+def open_data(names: Sequence[str], media_dir: str | None, seed: int) -> InstructionData:
+    return InstructionData([InstructionSet.open(name, media_dir) for name in names], seed)
+
+
+def build_run_on_data(
+    model_args: Spa3VLMArguments, data_args: InstructionArguments, args: InstructionTrainingArguments
+) -> Spa3VLMTrainer:
+    """All that is needed to train on the user's data."""
+    data = open_data(data_args.data, data_args.media_dir, args.seed)
+    eval_data = open_data(data_args.eval_data, data_args.media_dir, args.seed) if data_args.eval_data else None
     model = build_model(model_args)
-    trainer = build_trainer(model, build_processor(model_args, data_args), data, data_args, args)
+    processor = build_processor(model_args, data_args)
+    trainer = build_trainer(model, processor, data, data_args, args, eval_data=eval_data)
     trained, total = model.get_nb_trainable_parameters()
     logger.info("%.2f M of %.2f M parameters are trained", trained / 1e6, total / 1e6)
+    return trainer
+
+
+def train_on_data(
+    trainer: Spa3VLMTrainer, model_args: Spa3VLMArguments, record: RunRecord, resume: str | None
+) -> None:
+    """Train, and write the adapter with its scores and its card."""
+    output_dir = Path(str(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=resume)
+    scores = trainer.score() if trainer.eval_dataset is not None else {}
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    run = run_of(trainer, model_args, argv, started)
-    write_spa3_vlm_report(output_dir, run)
+    trainer.bad_samples.update(trainer.bad_eval_samples)
+    run = run_of(trainer, model_args, record)
+    write_spa3_vlm_report(output_dir, run, evaluation_table(scores) if scores else "")
+    if scores:
+        (output_dir / "eval.json").write_text(json.dumps(scores, indent=2) + "\n")
+        logger.info("\n%s\n", evaluation_table(scores))
     if trainer.bad_samples:
         messages = "\n".join(f"{times} x {message}" for message, times in trainer.bad_samples.most_common())
         logger.warning("%d bad samples were left out:\n%s", trainer.bad_samples.total(), messages)
     logger.info("the last loss is %.4f; adapter, card and run.json are in %s", run["loss"], output_dir)
-    if args.push_to_hub:
+    if trainer.args.push_to_hub:
         trainer.push_to_hub()
 
 
-def run_of(trainer: Spa3VLMTrainer, model_args: ModelArguments, argv: list[str], started: float) -> dict[str, Any]:
+def run_of(trainer: Spa3VLMTrainer, model_args: Spa3VLMArguments, record: RunRecord) -> dict[str, Any]:
     """The facts of a run, for its card."""
     model, config, data = trainer.model, trainer.model.adapter_config, trainer.train_dataset
     return {
-        **run_facts("run_spa3_vlm.py", argv, trainer.args, model, trainer.state.global_step, started),
-        "name": trainer.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name,
+        **record.facts(trainer, model),
         "vlm": config.base_model_name_or_path,
         "spatial_encoder": config.spatial_encoder_name_or_path,
         "adapter": config.to_dict(),
@@ -320,33 +225,32 @@ def run_of(trainer: Spa3VLMTrainer, model_args: ModelArguments, argv: list[str],
 # --- the embedded default: questions about procedural rooms
 
 
-def compare_on_rooms(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    rooms_args: RoomsArguments,
-    args: SFTTrainingArguments,
-    argv: list[str],
+def check_comparison(
+    model_args: Spa3VLMArguments, rooms_args: ComparisonArguments, args: InstructionTrainingArguments
 ) -> None:
-    """Train the base VLM on the same questions in each way, and score all of them on rooms never trained on."""
+    """
+    Raises:
+        ValueError: The comparison on procedural rooms cannot be made like this.
+    """
     if args.resume_from_checkpoint or args.world_size > 1 or model_args.adapter_name_or_path:
         raise ValueError(
             "the comparison on procedural rooms runs in one process, from its beginning, on fresh adapters; expected "
             "--data for anything else"
         )
-    unknown = sorted(set(rooms_args.variants) - VARIANTS.keys())
-    if unknown:
+    if unknown := sorted(set(rooms_args.variants) - VARIANTS.keys()):
         raise ValueError(f"variants has {unknown}; expected some of {list(VARIANTS)}")
+
+
+def compare_on_rooms(
+    model_args: Spa3VLMArguments,
+    data_args: InstructionArguments,
+    rooms_args: ComparisonArguments,
+    args: InstructionTrainingArguments,
+    argv: list[str],
+) -> None:
+    """Train the base VLM on the same questions in each way, and score all of them on rooms never trained on."""
     output_dir = Path(str(args.output_dir))
-    rooms = room_instructions(
-        Path(rooms_args.rooms_dir),
-        rooms_args.num_rooms,
-        rooms_args.num_eval_rooms,
-        data_args.image_size or ROOM_IMAGE_SIZE,
-        data_args.max_frames,
-        rooms_args.questions_per_type,
-        args.seed,
-        rooms_args.num_workers,
-    )
+    rooms = rooms_args.make(data_args.image_size or ROOM_IMAGE_SIZE, data_args.max_frames, args.seed)
     records = rooms.records(rooms.train, rooms_args.questions_per_conversation, args.seed)
     data = InstructionData([InstructionSet("questions about rooms", records)], args.seed)
     asked = pick_evenly(rooms.held_out, rooms_args.eval_questions)
@@ -365,6 +269,7 @@ def compare_on_rooms(
         own_args = copy.copy(args)
         own_args.output_dir = str(folder)
         trainer = build_trainer(model, processor, data, data_args, own_args, use_scenes=variant is not None)
+        record = RunRecord("run_spa3_vlm.py", argv, own_args, None, started)
 
         if "untrained" not in results:
             with model.disable_adapter():
@@ -375,7 +280,8 @@ def compare_on_rooms(
         write_answers(folder, asked, answers)
         results[name] = score_answers(asked, answers)
         logger.info("%s: %.1f in %.0f s", name, results[name]["overall"], time.monotonic() - started)
-        write_spa3_vlm_report(folder, run_of(trainer, model_args, argv, started), comparison_table(results))
+        run = run_of(trainer, model_args, record)
+        write_spa3_vlm_report(folder, run, comparison_table(results), results[name])
     (output_dir / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
     logger.info("\n%s\n\nadapters, answers and eval.json are in %s", comparison_table(results), output_dir)
 
@@ -388,19 +294,20 @@ def write_answers(folder: Path, questions: Sequence[RoomQuestion], answers: Sequ
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, rooms_args, args = parse_arguments(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s", stream=sys.stderr
-    )
-    disable_progress_bar()  # of loading and saving; training keeps its own
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {args.n_gpu} GPUs; expected torchrun --nproc_per_node {args.n_gpu}, or one GPU "
-            "(CUDA_VISIBLE_DEVICES=0)"
-        )
-    set_seed(args.seed)
+    started = time.monotonic()
+    with usage_errors(__name__):
+        model_args, data_args, rooms_args, args = parse_arguments(argv)
+        start_run(args)
+        if data_args.data:
+            resume = checkpoint_to_resume(str(args.output_dir), args.resume_from_checkpoint)
+            trainer = build_run_on_data(model_args, data_args, args)
+            record = RunRecord("run_spa3_vlm.py", argv, args, resume, started)
+            trainer.add_callback(record)
+        else:
+            check_comparison(model_args, rooms_args, args)
+
     if data_args.data:
-        train_on_data(model_args, data_args, args, argv)
+        train_on_data(trainer, model_args, record, resume)
     else:
         compare_on_rooms(model_args, data_args, rooms_args, args, argv)
 

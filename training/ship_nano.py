@@ -16,18 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoModel, HfArgumentParser
+from transformers import AutoImageProcessor, AutoModel, DINOv3ViTConfig, HfArgumentParser
 
 from spa3r_hf import Spa3RForPreTraining
-from spa3r_hf.geometry_report import geometry_table
-from spa3r_hf.model_card import psfm_table
+from spa3r_hf.geometry_report import geometry_table, write_geometry_card
+from spa3r_hf.licences import describe_sources
+from spa3r_hf.model_card import psfm_table, write_psfm_card
 from spa3r_hf.nano_family import measure_nano, same_weights
 from spa3r_hf.psfm_ablation_report import ablation_report
+from spa3r_hf.run_facts import without_folders
+from spa3r_hf.semantic_report import write_semantic_report
 from spa3r_hf.semantic_trainer import probe_table
 
 
 logger = logging.getLogger("ship_nano")
 REPOSITORY = Path(__file__).resolve().parent.parent
+NAMES = ("vggt-nano", "dinov3-rooms-nano", "spa3r-nano")
 BACKBONE_PREFIX = "spa3r.backbone."
 MARKS = ("<!-- results of the nano family: written by training/ship_nano.py -->", "<!-- end of these results -->")
 
@@ -47,22 +51,30 @@ class ShipArguments:
     )
 
 
-def copy_papers(source: Path, target: Path) -> None:
+def write_papers(source: Path, target: Path) -> None:
     """Card, scores, facts and pictures, with the name the model has from now on."""
-    old, new = json.loads((source / "run.json").read_text())["name"], target.name
-    for name in ("eval.json", "run.json"):
-        shutil.copyfile(source / name, target / name)
-    card = (source / "README.md").read_text()
-    card = card.replace(f"# {old}\n", f"# {new}\n").replace(f'from_pretrained("{old}")', f'from_pretrained("{new}")')
-    (target / "README.md").write_text(card.replace(f"name: {old}\n", f"name: {new}\n"))
+    scores, run = (json.loads((source / name).read_text()) for name in ("eval.json", "run.json"))
+    # What it was made of is in these folders: rooms, and the others of the family.
+    run |= {"name": target.name, "command": without_folders(run["command"])}
+    run |= {"sources": describe_sources([run["data"]])}
+    if target.name == "spa3r-nano":
+        run["teachers"] = list(NAMES[:2])
     if (source / "pictures").exists():
         shutil.copytree(source / "pictures", target / "pictures", dirs_exist_ok=True)
+    if target.name == "vggt-nano":
+        write_geometry_card(target, scores, run)
+    elif target.name == "dinov3-rooms-nano":
+        write_semantic_report(target, DINOv3ViTConfig.from_pretrained(source), scores, run)
+    else:
+        for name, content in (("eval.json", scores), ("run.json", run)):
+            (target / name).write_text(json.dumps(content, indent=2) + "\n")
+        write_psfm_card(target, scores, run)
 
 
 def made(run: dict[str, Any]) -> str:
     hardware = run["hardware"] + (f", {run['processes']} processes" if run["processes"] > 1 else "")
     minutes = f"{run['seconds'] / 60:.0f} minutes on {hardware}"
-    return f"`{run['command']}`: {run['steps']} steps, seed {run['seed']}, {minutes}."
+    return f"`{without_folders(run['command'])}`: {run['steps']} steps, seed {run['seed']}, {minutes}."
 
 
 def results_section(sources: dict[str, Path], ablations: Path | None) -> str:
@@ -112,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser: Any = HfArgumentParser(ShipArguments, allow_abbrev=False)  # type: ignore[arg-type]
     (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    folders = {name: Path(args.output_dir) / name for name in ("vggt-nano", "dinov3-rooms-nano", "spa3r-nano")}
+    folders = {name: Path(args.output_dir) / name for name in NAMES}
     sources = dict(zip(folders, (Path(args.geometry), Path(args.semantic), Path(args.spa3r)), strict=True))
 
     spa3r = Spa3RForPreTraining.from_pretrained(sources["spa3r-nano"])
@@ -138,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("vggt-nano", "spa3r-nano"):
         AutoImageProcessor.from_pretrained(sources[name]).save_pretrained(folders[name])
     for name, source in sources.items():
-        copy_papers(source, folders[name])
+        write_papers(source, folders[name])
         for code in folders[name].glob("*.py"):  # the package has it
             code.unlink()
 
