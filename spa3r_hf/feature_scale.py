@@ -42,7 +42,8 @@ def scale_features(model: Spa3RVGGTModel, factor: float) -> None:
     for layer in (*model.frame_layers, *model.global_layers):
         written += [layer.layer_scale1.lambda1, layer.layer_scale2.lambda1]
     for parameter in written:
-        parameter.mul_(factor)
+        if parameter is not None:
+            parameter.mul_(factor)
     model.config.layer_norm_eps *= factor**2
     for name, module in model.named_modules():
         if name.split(".")[-1] in CONFIGURED_NORMS and not name.startswith("patch_embedding"):

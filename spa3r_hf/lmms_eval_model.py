@@ -71,16 +71,16 @@ class Spa3VLMChat(lmms):
         # The harness gathers results with it, where several processes share the questions.
         self.accelerator = require("accelerate", extra="lmms").Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        chosen = self.accelerator.device if device is None or self._world_size > 1 else device
-        self._device = torch.device(chosen)
+        place = self.accelerator.device if device is None or self._world_size > 1 else device
+        self._device = torch.device(place)
         self._batch_size, self._reuse = int(batch_size), reuse
         source = Source(str(pretrained), revision)
-        chosen = EvaluatedModel.choose(**{"adapter" if _is_adapter(source) else "vlm": source})
+        chosen = EvaluatedModel.choose(adapter=source) if _is_adapter(source) else EvaluatedModel.choose(vlm=source)
         frames = {"seconds_per_frame": seconds_per_frame, "min_frames": min_frames, "max_frames": max_frames}
         self._processor = chosen.load_processor(image_size, **_given(frames))
-        options = {"revision": revision or "main", "dtype": chosen.dtype(dtype, self._device)}
+        options: dict[str, Any] = {"revision": revision or "main", "dtype": chosen.dtype(dtype, self._device)}
         options |= _given({"device_map": device_map, "attn_implementation": attn_implementation})
-        loader = AutoModelForImageTextToText if chosen.adapter is None else Spa3VLM
+        loader: Any = AutoModelForImageTextToText if chosen.adapter is None else Spa3VLM
         self._model: Any = loader.from_pretrained(str(pretrained), **options).eval()
         if device_map is None:
             self._model.to(self._device)

@@ -216,6 +216,8 @@ def _open_picture(file: Path, limits: UploadLimits) -> Image.Image:
             if image.width * image.height > limits.max_pixels:
                 size = f"{image.width} x {image.height} = {image.width * image.height} pixels"
                 raise BadSampleError(f"{name} has {size}; expected at most {limits.max_pixels}")
+            if image.mode[0] in "IF":
+                raise BadSampleError(f"{name} has pixels of kind {image.mode}; expected 8 bits a channel")
             num_scans = file.read_bytes().count(b"\xff\xda") if image.format in ("JPEG", "MPO") else 0
             if num_scans > _MAX_SCANS:
                 raise BadSampleError(f"{name} has {num_scans} scans; expected a JPEG of at most {_MAX_SCANS}")

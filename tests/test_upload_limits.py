@@ -121,6 +121,19 @@ def test_pictures_of_every_mode_become_rgb(tmp_path, mode):
     assert opened.mode == "RGB" and opened.size == (90, 60)
 
 
+def test_pictures_of_phones_that_hold_several(tmp_path):
+    """MPO: a JPEG with others behind it; the first counts."""
+    picture(60, 40).save(tmp_path / "stereo.jpg", "MPO", save_all=True, append_images=[picture(60, 40, seed=1)])
+    (opened,) = check_images([tmp_path / "stereo.jpg"])
+    assert opened.size == (60, 40) and opened.mode == "RGB"
+
+
+def test_pictures_of_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)).save(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match="'depth.png' has pixels of kind I;16.*; expected 8 bits a channel"):
+        check_images([tmp_path / "depth.png"])
+
+
 def test_transparent_parts_are_white(tmp_path):
     picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     picture.save(tmp_path / "a.png")

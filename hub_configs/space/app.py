@@ -61,7 +61,7 @@ STYLE = """
 footer {display: none !important}
 """
 PICTURE: dict[str, Any] = {"show_label": False, "interactive": False, "buttons": []}
-CHOICE: dict[str, Any] = {"show_label": False, "container": False, "min_width": 380}
+CHOICE: dict[str, Any] = {"show_label": False, "container": False}
 GALLERY: dict[str, Any] = {**PICTURE, "allow_preview": False, "object_fit": "cover"}
 
 
@@ -90,9 +90,10 @@ def build(model: FieldModel, asker: Asker | None, notice: str = "") -> gr.Blocks
             with gr.Column(scale=10, min_width=560), gr.Tabs():
                 with gr.Tab("2. See the field", elem_id="field_tab") as field_tab:
                     with gr.Row(equal_height=True):
-                        with gr.Column(scale=2):
+                        with gr.Column():
                             gr.Markdown("What the models see in the **context views**: features, as colours.")
-                        kind = gr.Radio(kinds, value=kinds[0][1], **CHOICE, elem_id="kind")
+                        with gr.Column():
+                            kind = gr.Radio(kinds, value=kinds[0][1], **CHOICE, elem_id="kind")
                     maps = gr.Gallery(columns=8, **GALLERY, elem_id="maps")
                     with gr.Row():
                         with gr.Column(scale=3, min_width=200, elem_id="camera"):
@@ -119,11 +120,12 @@ def build(model: FieldModel, asker: Asker | None, notice: str = "") -> gr.Blocks
                             orbit = gr.Image(type="filepath", **PICTURE, elem_id="orbit")
                             gr.Markdown("The points, dark where no context view looked; and what is predicted.")
                 with gr.Tab("Walk around", elem_id="cloud_tab") as cloud_tab:
+                    choices = [("Photographs", "photographs"), *kinds]
                     with gr.Row(equal_height=True):
-                        with gr.Column(scale=2):
-                            gr.Markdown("What the **context views** show, by the backbone's depth and cameras.")
-                        choices = [("Photographs", "photographs"), *kinds]
-                        colours = gr.Radio(choices, value="photographs", **CHOICE, elem_id="colours")
+                        with gr.Column():
+                            gr.Markdown("What the **context views** show, by the backbone's depth.")
+                        with gr.Column():
+                            colours = gr.Radio(choices, value="photographs", **CHOICE, elem_id="colours")
                     cloud = gr.Model3D(
                         **{"show_label": False, "height": 620, "interactive": False, "elem_id": "cloud"},
                         clear_color=(0.09, 0.1, 0.13, 1.0),

@@ -8,9 +8,8 @@ from threading import Lock
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoModelForImageTextToText
 
-from spa3r_hf import Spa3AdapterConfig, Spa3VLM, Spa3VLMProcessor
+from spa3r_hf import Spa3VLM, Spa3VLMProcessor
 
 
 MAX_NEW_TOKENS = 32
@@ -83,8 +82,7 @@ class Asker:
     A Spa3-VLM with its processor, for all visitors.
 
     Args:
-        adapter: A folder or the id of a Hub repository. A base model or spatial encoder that its configuration names
-            is also looked for beside the folder: that is how a Space holds all three.
+        adapter: A folder or the id of a Hub repository. Its configuration names the VLM and the spatial encoder.
         device: Such as "cuda".
 
     Raises:
@@ -93,24 +91,14 @@ class Asker:
     """
 
     def __init__(self, adapter: str | Path, device: str = "cpu"):
-        config = Spa3AdapterConfig.from_pretrained(adapter)
-        beside = {"vlm": config.base_model_name_or_path, "spatial_encoder": config.spatial_encoder_name_or_path}
-        classes = {"vlm": AutoModelForImageTextToText, "spatial_encoder": AutoModel}
-        parts = {}
-        for part, name in beside.items():
-            # What begins with "./" stands in the folder itself, where `from_pretrained` finds it.
-            folder = Path(adapter).parent / Path(name).name if name and not name.startswith("./") else None
-            if folder is not None and Path(adapter).is_dir() and folder.is_dir():
-                parts[part] = classes[part].from_pretrained(folder, dtype=torch.float32)
-        options = {} if "vlm" in parts else {"dtype": torch.float32}
-        self.model = Spa3VLM.from_pretrained(adapter, **parts, **options).to(device)
+        self.model = Spa3VLM.from_pretrained(adapter, dtype=torch.float32).to(device)
         self.processor = Spa3VLMProcessor.from_pretrained(adapter)
         # While it runs, a Spa3-VLM's forward is not to be entered by another thread.
         self._lock = Lock()
 
     @torch.no_grad()
     def encode(self, views: Sequence[Image.Image]) -> Tensor:
-        """What the VLM's visual tokens read of a scene: (1, Q, D)."""
+        """What the VLM's visual tokens read of a scene, of the views that it sees: (1, Q, D)."""
         pixels = self._inputs(views, "")["spatial_pixel_values"]
         return self.model.get_spatial_latents(pixels)
 

@@ -28,7 +28,7 @@ logger = logging.getLogger("make_examples")
 ROOMS = (64, 149, 4, 61)  # of the test split
 IMAGE_SIZE = 336
 FIELD_OF_VIEW = 70.0  # degrees
-NUM_VIEWS, VIEWS_PER_WALK = 12, 24  # as the nano VLM learnt from
+NUM_VIEWS, VIEWS_PER_WALK = 12, 24  # near enough for neighbours to overlap
 QUALITY = 80
 
 
