@@ -126,18 +126,24 @@ class Spa3RTeacherOutput(Spa3RTargetOutput):
 
 
 @dataclass
-class Spa3RForPreTrainingOutput(Spa3RModelOutput, Spa3RTargetOutput, Spa3RDecoderOutput):
+class Spa3RLossOutput(ModelOutput):
     r"""
     loss (`torch.Tensor` of shape `()`):
         Sum of `losses`.
     losses (`dict[str, torch.Tensor]`):
         `geometric_l1`, `geometric_cosine`, `semantic_l1`, `semantic_cosine`, `depth_probe`, as far as computed.
-
-    and the fields of `Spa3RModelOutput` (of the context views alone), `Spa3RTargetOutput` and `Spa3RDecoderOutput`.
     """
 
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
+
+
+@dataclass
+class Spa3RForPreTrainingOutput(Spa3RModelOutput, Spa3RTargetOutput, Spa3RDecoderOutput, Spa3RLossOutput):
+    """
+    The loss, which comes first, and the fields of `Spa3RDecoderOutput`, `Spa3RTargetOutput` and `Spa3RModelOutput` (of
+    the context views alone).
+    """
 
 
 def _layers(config: Spa3RConfig, count: int) -> nn.ModuleList:

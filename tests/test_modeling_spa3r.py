@@ -95,6 +95,12 @@ def test_batch_of_two_is_two_of_one(pixels, mode):
                 close(one[key][0], both[key][i])
 
 
+def test_the_loss_comes_first(model, pixels, output):
+    with torch.no_grad():
+        assert next(iter(output)) == "loss"
+        torch.testing.assert_close(model(pixels, view_mask=MASK, return_dict=False)[0], output.loss)
+
+
 def test_permuted_views_permute_predictions(model, pixels, output):
     order = [0, 3, 2, 1]
     with torch.no_grad():

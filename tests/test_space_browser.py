@@ -20,7 +20,7 @@ pytest.importorskip("gradio", reason='the Space needs pip install "spa3r_hf[spac
 playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="the browser is driven by playwright: pip install it"
 )
-from space_scenes import SPACE, SVG, photographs, scenes, tiny_spa3_vlm  # noqa: E402
+from space_scenes import SPACE, SVG, photographs, scenes  # noqa: E402
 
 
 CHROMIUM = shutil.which("chromium")
@@ -34,9 +34,9 @@ expect.set_options(timeout=PATIENCE)
 
 
 class Server:
-    """The Space, in a process of its own."""
+    """The Space as it is out of the box, on CPU with the nano models, in a process of its own."""
 
-    def __init__(self, folder: Path, adapter: Path):
+    def __init__(self, folder: Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,8 +44,7 @@ class Server:
         self.files = folder / "gradio"
         self.log = folder / "log.txt"
         env = {
-            **os.environ,
-            "SPA3R_VLM_ADAPTER": str(adapter),
+            **{name: value for name, value in os.environ.items() if not name.startswith("SPA3R_")},
             "SPA3R_DEVICE": "cpu",
             "GRADIO_SERVER_PORT": str(port),
             "GRADIO_TEMP_DIR": str(self.files),
@@ -85,8 +84,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("space")
-    server = Server(folder, tiny_spa3_vlm(folder))
+    server = Server(tmp_path_factory.mktemp("space"))
     try:
         server.wait()
         yield server
