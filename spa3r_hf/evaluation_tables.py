@@ -70,7 +70,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
 def columns(benchmark: str, summary: Mapping[str, float | int]) -> dict[str, str]:
     """The scores that a table shows, in its order: name in the summary -> heading."""
     if benchmark == "vsi_bench":
-        return _VSI_BENCH_COLUMNS
+        return dict(_VSI_BENCH_COLUMNS)
     if benchmark == "cv_bench":
         return {"2D": "2D", "3D": "3D", "overall": "Avg."}
     if benchmark == "spar_bench":

@@ -95,15 +95,16 @@ def measured(
     """
     results = []
     for path, name in metrics.items():
-        value = at(scores, path)
-        if value is not None:
+        found = _find(scores, path)
+        if found is not None:
+            key, value = found
             results.append(
                 EvalResult(
                     task_type=task,
                     dataset_type="custom",
                     dataset_name=data,
                     dataset_config=config,
-                    metric_type=path.rpartition(".")[2],
+                    metric_type=key,
                     metric_name=name,
                     metric_value=round(value, 4),
                     metric_args={"path": path},
@@ -114,13 +115,19 @@ def measured(
 
 def at(scores: Any, path: str) -> Any:
     """What stands at "a.b.c" in nested mappings, keys with dots included; None, if nothing does."""
+    found = _find(scores, path)
+    return None if found is None else found[1]
+
+
+def _find(scores: Any, path: str) -> tuple[str, Any] | None:
+    """The last key on the way along a path, and its value."""
     if not isinstance(scores, Mapping):
         return None
     if path in scores:
-        return scores[path]
+        return path, scores[path]
     places = [index for index, character in enumerate(path) if character == "."]
-    found = (at(scores[path[:place]], path[place + 1 :]) for place in places if path[:place] in scores)
-    return next((value for value in found if value is not None), None)
+    found = (_find(scores[path[:place]], path[place + 1 :]) for place in places if path[:place] in scores)
+    return next((pair for pair in found if pair is not None), None)
 
 
 def hub_ids(names: Sequence[str | None]) -> list[str]:

@@ -120,7 +120,8 @@ def push(root: Path) -> None:
     shutil.rmtree(root / "encoder")
 
     configs = REPOSITORY / "hub_configs"
-    for folder, kind in ((configs / "vggt-nano", "model"), (configs / "vsi_bench", "metric"), (root / "app", "space")):
+    models = ((configs / name, "model") for name in ("vggt-nano", "spa3-vlm-nano"))
+    for folder, kind in (*models, (configs / "vsi_bench", "metric"), (root / "app", "space")):
         print(script("push_to_hub.py", "--folder", folder, "--repo_id", f"org/{folder.name}", "--kind", kind))
     print(script("push_to_hub.py", "--folder", root / "results", "--repo_id", "org/adapter", "--kind", "results"))
     print(script("push_to_hub.py", "--folder", root / "nothing", "--repo_id", "org/nothing"))
@@ -197,6 +198,9 @@ def pull(root: Path) -> None:
     metric = evaluate.load("org/vsi_bench")
     types = ["object_counting", "route_planning"]
     assert metric.compute(predictions=["three", "A."], references=["4", "B"], question_types=types)["overall"] == 30
+
+    shipped = Spa3VLM.from_pretrained("org/spa3-vlm-nano")
+    assert shipped.spatial_encoder is not None and shipped.vlm.config.model_type == "qwen2_5_vl"
 
     assert type(AutoModel.from_pretrained("org/trained-psfm", token=OWNER)).__name__ == "Spa3RModel"
     assert type(AutoModel.from_pretrained("org/trained-geometry")).__name__ == "Spa3RVGGTModel"

@@ -135,3 +135,16 @@ def test_models_that_are_missing(script, work, tmp_path, monkeypatch):
     (tmp_path / "vlm").symlink_to(work / "vlm")
     with torch.no_grad():
         assert Spa3VLM.from_pretrained(folder).vlm.config.model_type == "qwen2_5_vl"
+
+
+def test_the_shipped_nano_models_answer(script, capsys, tmp_path):
+    """By the name of nothing but the media and the question."""
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (9, 90, 120, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    question = "These are frames of a video.\nHow many chair(s) are in this room?\nPlease answer the question using a "
+    script.main(["--media", str(tmp_path), "--question", question + "single word or phrase.", "--device", "cpu"])
+    frames, *lines = capsys.readouterr().out.splitlines()
+    assert frames.startswith("8 frames: 0.jpg, 1.jpg, ") and frames.endswith("8.jpg")
+    for line in lines:
+        assert re.fullmatch(r"\d+(\.\d+)?", said_in(line)), line  # it has learnt what is asked for
+    assert len(lines) == 2

@@ -178,7 +178,7 @@ def test_the_card_of_an_adapter(tmp_path):
 def test_scores_say_where_they_stand():
     scores = {"a": {"b.c": 0.123456}, "x": 1.0}
     (result,) = measured(scores, {"a.b.c": "name", "a.d": "absent"}, task="t", data="d")
-    assert (result.metric_value, result.metric_type, result.metric_args) == (0.1235, "c", {"path": "a.b.c"})
+    assert (result.metric_value, result.metric_type, result.metric_args) == (0.1235, "b.c", {"path": "a.b.c"})
     assert at(scores, "a.b.c") == 0.123456 and at(scores, "a.b") is None and at(scores, "x.y") is None
 
 

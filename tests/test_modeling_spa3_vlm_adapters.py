@@ -338,7 +338,7 @@ def test_push_to_hub(encoder, tmp_path, monkeypatch):
             calls.append((options["repo_id"], sorted(os.listdir(folder_path)), options["commit_message"]))
             return "commit"
 
-    monkeypatch.setattr("spa3r_hf.modeling_spa3_vlm.HfApi", Api)
+    monkeypatch.setattr("spa3r_hf.modeling_spa3_vlm_files.HfApi", Api)
     assert trained("smolvlm", encoder).push_to_hub("adapter", private=True, token="secret") == "commit"
     files = ["adapter_config.json", "adapter_model.safetensors"]
     assert calls == [

@@ -568,5 +568,5 @@ def test_saved_folder_needs_no_package(processor, tmp_path):
     assert_same_inputs(load_file(tmp_path / "inputs.safetensors"), dict(expected))
     assert {path.name for path in tmp_path.glob("*.py")} == {
         *("processing_spa3_vlm.py", "media_spa3_vlm.py", "tokens_spa3_vlm.py", "image_processing_spa3r.py"),
-        *("errors.py", "optional.py", "scenes.py", "video.py"),
+        *("camera_spa3r.py", "errors.py", "optional.py", "scenes.py", "video.py"),
     }

@@ -244,7 +244,7 @@ def test_few_photographs_are_enough(page, tmp_path, count):
     session = page.open_files(None, photographs(tmp_path / "few", count), quiet)[0]
     assert all(session.context) and len(page.draw_context(session, "geometric")) == count
     assert page.look_from_view(session, "geometric", 0, *[0] * 5)[5] == "View 1"
-    questions = page.open_files(None, photographs(tmp_path / "few", count), quiet)[4]
+    questions = page.open_files(None, photographs(tmp_path / "few", count), quiet)[5]
     assert [row[0] for row in questions.constructor_args["samples"]] == list(ask.TYPES.values())
 
 

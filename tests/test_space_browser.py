@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 
 pytest.importorskip("gradio", reason='the Space needs pip install "spa3r_hf[space]"')
@@ -28,7 +29,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is ins
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SOFTWARE_3D = ["--enable-unsafe-swiftshader"]
 PATIENCE = 120_000  # milliseconds, on a machine that has other things to do
-MOST_MEMORY = 2.5e9  # bytes, as the card says
+MOST_MEMORY = 3e9  # bytes, as the card says
 expect = playwright_api.expect
 expect.set_options(timeout=PATIENCE)
 
@@ -254,6 +255,13 @@ def test_bad_uploads_show_an_error_and_the_app_lives_on(visitor, tmp_path):
     visitor.upload(*photographs(tmp_path / "many", 17))
     visitor.expect_error("17 files; expected at most 16 photographs")
 
+    # As large as is allowed, for the memory that is measured at the end.
+    large = [tmp_path / f"large_{number}.png" for number in range(2)]
+    for path in large:
+        Image.new("RGB", (6000, 4100), (90, 120, 150)).save(path)
+    visitor.upload(*large)
+    expect(page.locator("#status")).to_contain_text("Your photographs, 2 views")
+
     predicted = visitor.picture("predicted")
     visitor.upload(*good)
     expect(page.locator("#status")).to_contain_text("Your photographs, 4 views. The 3 framed ones")
@@ -284,6 +292,8 @@ def test_two_visitors_do_not_see_each_others_scenes_and_leave_nothing(server, br
     other.set_slider("yaw", 30)
     expect(other.page.locator("#place input")).to_have_value("the sliders")
     expect(one.page.locator("#place input")).not_to_have_value("the sliders")
+    for visitor in (one, other):
+        expect(visitor.page.locator("#orbit img")).to_be_visible()
     folders = [re.search(r"scene_\w+", visitor.picture("orbit"))[0] for visitor in (one, other)]
     assert len(set(folders)) == 2
     one.context.close()
@@ -327,21 +337,29 @@ def test_names_lead_nowhere_else(server, name):
         assert not place.exists()
 
 
-def test_too_much_is_refused_before_it_is_read(server):
+def test_ten_thousand_files_at_once_are_refused(server):
+    before = set(server.files.rglob("*.jpg"))
     body, headers = form([f"{number}.jpg" for number in range(10_000)], b"x")
-    status, text = server.post("/gradio_api/upload", body, **headers)
-    assert status == 400 and "Too many files" in text
-    assert len(list(server.files.rglob("*.jpg"))) < 100  # what had come is gone
-    with socket.create_connection(server.url.removeprefix("http://").split(":"), timeout=60) as connection:
-        connection.sendall(
-            b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5000000000\r\n"
-            b"Content-Type: multipart/form-data; boundary=frontier\r\n\r\n--frontier"
-        )
-        assert b" 413 " in connection.recv(100)
-    status, text = server.post(
-        "/gradio_api/queue/join", b"[" + b"1," * 600_000 + b"1]", **{"Content-Type": "text/json"}
-    )
-    assert status == 413 and "expected at most 1 MB" in text
+    try:
+        status, text = server.post("/gradio_api/upload", body, **headers)
+        assert status == 400 and "Too many files" in text
+    except (urllib.error.URLError, ConnectionError):  # it did not listen to the end
+        pass
+    assert set(server.files.rglob("*.jpg")) == before  # what had come is gone
+    assert urllib.request.urlopen(server.url, timeout=60).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "most"), [("upload", 5_000_000_000, "200 MB"), ("queue/join", 1_200_000, "1 MB")]
+)
+def test_too_much_is_refused_before_it_is_read(server, path, size, most):
+    address = server.url.removeprefix("http://").split(":")
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(f"POST /gradio_api/{path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode())
+        answer = b""
+        while b"MB." not in answer and (more := connection.recv(1000)):
+            answer += more
+    assert b" 413 " in answer and f"expected at most {most}".encode() in answer
 
 
 def test_files_of_the_machine_are_not_given_away(server):

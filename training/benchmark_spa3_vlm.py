@@ -40,6 +40,7 @@ from spa3r_hf.spa3_vlm_trainer import answer_loss, choose_trained
 QWEN_3B = {"hidden_size": 2048, "num_attention_heads": 16, "spatial_hidden_size": 768}
 NUM_VIEWS, NUM_QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 8, 4, 32, 16
 IMAGE, VIDEO, START, END = 2000, 2001, 2002, 2003
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": True}
 PATCH, MERGED = 14, 28  # pixels of a patch, and of a visual token, each way
 # Of the language model and of the vision tower.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -70,7 +71,7 @@ def build_spa3_vlm(size: str, device: str, dtype: torch.dtype, lora: bool = Fals
     tokens: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     tokens |= {"vision_start_token_id": START, "vision_end_token_id": END}
     config = Qwen2_5_VLConfig(
-        text_config={**text, "num_key_value_heads": 2, "rope_parameters": rope, "tie_word_embeddings": True},
+        text_config={**text, **NO_ENDS, "num_key_value_heads": 2, "rope_parameters": rope},
         vision_config={**vision, "patch_size": PATCH, "fullatt_block_indexes": [vision["depth"] - 1]},
         tie_word_embeddings=True,
         **tokens,

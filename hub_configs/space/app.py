@@ -152,7 +152,7 @@ def build(model: FieldModel, asker: Asker | None, notice: str = "") -> gr.Blocks
                     )
 
         shown, drawn = [views, status, place], [name, seen, predicted, true, found]
-        whole = [session, *shown, questions, question, truth, without, answer]
+        whole = [session, *shown, orbit, questions, question, truth, without, answer]
         of_camera = [session, kind, *camera]
         settings: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
 

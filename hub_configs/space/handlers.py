@@ -93,7 +93,7 @@ class Handlers:
         return self._replace(session, open_upload(paths or [], self.model.processor, self.files, progress))
 
     def _replace(self, old: Session | None, new: Session) -> tuple:
-        """The old one goes only when the new one could be seen."""
+        """The old one goes only when the new one could be seen, and then all that was shown of it."""
         try:
             shown = self._show(new)
         except Exception:
@@ -102,7 +102,7 @@ class Handlers:
         if old is not None:
             old.close()
         questions = [[TYPES[entry["type"]], entry["text"]] for entry in new.questions or GENERIC]
-        return new, *shown, gr.Dataset(samples=questions), "", "", "", ""
+        return new, *shown, None, gr.Dataset(samples=questions), "", "", "", ""
 
     @readable
     def toggle(self, session: Session | None, chosen: gr.SelectData) -> tuple:
